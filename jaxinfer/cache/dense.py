@@ -1,0 +1,50 @@
+"""The preallocated cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxinfer import ops
+from jaxinfer.cache.base import LayerCache, Step
+from jaxinfer.config import LayerSpec
+
+SCORES = 1 << 24  # scores of one layer (B N T S) above which they are made block by block: 64 MB in float32
+
+
+@struct.dataclass
+class Dense(LayerCache):
+    """Every key and value kept, left aligned, one slot per position."""
+
+    k: jax.Array  # [B, K, S, H]
+    v: jax.Array  # [B, K, S, H]
+
+    @classmethod
+    def init(cls, spec: LayerSpec, rows: int, size: int, dtype: jnp.dtype) -> Dense:
+        """An empty one: zeros, never uninitialised memory (0 * NaN would reach the sum over slots)."""
+        shape = (rows, spec.num_kv_heads, size, spec.head_width)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    @staticmethod
+    def letters() -> Dense:
+        """The letters of the arrays, congruent with them."""
+        return Dense("BKSH", "BKSH")  # type: ignore[arg-type]
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, spec: LayerSpec, step: Step
+    ) -> tuple[jax.Array, Dense]:
+        """Writes k, v at their positions, then lets q look back."""
+        new = Dense(write(self.k, k, step.position), write(self.v, v, step.position))
+        B, T, N, _ = q.shape
+        attend = ops.attend_blockwise if B * N * T * self.k.shape[2] > SCORES and T > 1 else ops.attend
+        return attend(q, new.k, new.v, step.position, spec), new
+
+
+def write(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
+    """new [B, T, K, H] into cache [B, K, S, H] at position [B, T]; what lies past S is dropped.
+
+    A vmapped scatter is the form that stays in place when donated and local when B, K or S are sharded.
+    """
+    new = new.transpose(0, 2, 1, 3).astype(cache.dtype)
+    return jax.vmap(lambda c, n, p: c.at[:, p].set(n, mode="drop"))(cache, new, position)

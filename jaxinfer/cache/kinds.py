@@ -1,0 +1,49 @@
+"""From a kind's name to a cache."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer import kernels
+from jaxinfer.cache.base import Cache
+from jaxinfer.cache.dense import Dense
+from jaxinfer.cache.none import Nothing
+from jaxinfer.config import ModelConfig
+
+KINDS = {"dense": Dense, "none": Nothing}
+
+
+def init_cache(
+    config: ModelConfig,
+    rows: int,
+    size: int,
+    kind: str = "dense",
+    *,
+    dtype=None,
+    max_rewind: int = 0,
+    max_pending: int = 1,
+) -> Cache:
+    """An empty cache of `rows` rows (B) that hold up to `size` tokens (S) each.
+
+    kind: "dense" (every key and value, preallocated) or "none" (keeps nothing: training, scoring).
+    dtype: of keys and values; by default that of the model, float32 where a platform writes bfloat16 slowly.
+    max_rewind, max_pending: how many committed tokens `rewind` may take back, and how many tokens may be pending.
+    Raises ValueError for an unknown kind, or a size that no token fits in.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"cache kind {kind!r} is not known: take one of {', '.join(KINDS)}")
+    if rows < 1 or size < 1:
+        raise ValueError(f"a cache of {rows} rows of {size} tokens holds nothing: rows and size must be at least 1")
+    if config.num_positions and size > config.num_positions:
+        raise ValueError(
+            f"the cache would hold {size} tokens but the model has {config.num_positions} learned positions: "
+            f"ask for a size of at most {config.num_positions}"
+        )
+    dtype = jnp.dtype(dtype) if dtype is not None else kernels.cache_dtype(config.dtype)
+    layers = tuple(KINDS[kind].init(spec, rows, size, dtype) for spec in config.layers)
+    return Cache(layers, jnp.zeros(rows, jnp.int32), size=size, max_rewind=max_rewind, max_pending=max_pending)
+
+
+def cache_bytes(config: ModelConfig, rows: int, size: int, kind: str = "dense", **options) -> int:
+    """The bytes that `init_cache` would allocate, without allocating them."""
+    shapes = jax.eval_shape(lambda: init_cache(config, rows, size, kind, **options))
+    return shapes.bytes

@@ -1,0 +1,33 @@
+"""The cache that keeps nothing: for training and scoring."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxinfer import ops
+from jaxinfer.cache.base import LayerCache, Step
+from jaxinfer.config import LayerSpec
+
+
+@struct.dataclass
+class Nothing(LayerCache):
+    """Attention over the call's own tokens alone. Differentiable."""
+
+    @classmethod
+    def init(cls, spec: LayerSpec, rows: int, size: int, dtype: jnp.dtype) -> Nothing:
+        """There is nothing to hold."""
+        return cls()
+
+    @staticmethod
+    def letters() -> Nothing:
+        """No arrays, no letters."""
+        return Nothing()
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, spec: LayerSpec, step: Step
+    ) -> tuple[jax.Array, Nothing]:
+        """Each token sees the tokens of this call up to itself, inside its window."""
+        own = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+        return ops.attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), own, spec), self

@@ -1,0 +1,230 @@
+"""Whole generations: one dispatch, one `lax.while_loop`, which leaves when every row is done."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jaxinfer import sampling as draws
+from jaxinfer.cache import Cache
+from jaxinfer.config import ModelConfig
+from jaxinfer.decoding.model import Adapted, Decoder, Model, adapt
+from jaxinfer.decoding.state import LENGTH, RUNNING, STOP, State, bucket, pad, read
+from jaxinfer.sampling import Sampling
+
+Process = Callable[[jax.Array, State], jax.Array]
+
+
+@struct.dataclass
+class Result:
+    """What a generation gives."""
+
+    ids: jax.Array  # [B, buffer] int32 new ids, the stop id included, then -1
+    num: jax.Array  # [B] int32 how many there are
+    logprobs: jax.Array  # [B, buffer] float32 of each id under the unprocessed distribution; 0 past num
+    state: State  # to go on with
+
+    @property
+    def finish(self) -> jax.Array:
+        """[B] int32: 0 running, 1 stop, 2 length."""
+        return self.state.finish
+
+    @property
+    def cache(self) -> Cache:
+        """The cache, which holds every token but the newest."""
+        return self.state.cache
+
+
+def generate(
+    params: Any,
+    config: ModelConfig,
+    ids: Any = None,
+    *,
+    num: Any = None,
+    state: State | None = None,
+    cache: Cache | None = None,
+    sampling: Sampling | None = None,
+    max_new_tokens: Any = 128,
+    buffer: int | None = None,
+    key: jax.Array | None = None,
+    model: Model | None = None,
+    process: Process | None = None,
+) -> Result:
+    """Continues each row of ids until it stops or has its new tokens, in one dispatch.
+
+    ids: [B, T] right-padded with num [B] valid, or a list of B lists of ids. None to go on with `state` as it is.
+    state: of an earlier result: goes on where that stopped; ids are then what is said next. Spent by the call.
+    cache: a cache that holds the tokens before ids; ids begin with the first token it does not hold, and penalties see
+        these ids only. Spent by the call. By default a new one, as large as this call needs.
+    sampling: per row, see `Sampling`; greedy by default. The checkpoint's stop ids are merged in.
+    max_new_tokens: an int or one a row (traced). A row with 0 takes no part.
+    buffer: length of the output, static; by default the next rung of a ladder over max(max_new_tokens).
+    key: of all draws, which are then keyed by each row's seed and position; `jax.random.key(0)` by default.
+    model: another model than the decoder of `config` (see `Model`). process: (logits [B, V], state) -> logits, before
+        the processors of `sampling`. Both are static: give the same object to compile once.
+
+    Raises ValueError for a prompt that is empty, does not fit, or has ids outside the vocabulary.
+    """
+    runner = adapt(model, config)
+    ids, num = prompt(ids, num, config)
+    if state is not None and cache is not None:
+        raise ValueError("generate got both state= and cache=: a state brings its cache along, give one of them")
+    held = state.cache if state is not None else cache
+    rows = held.rows if held is not None else len(num)
+    budget = per_row(max_new_tokens, rows, "max_new_tokens")
+    if concrete(budget, num):
+        check(config, ids, num, budget, held, state)
+    if buffer is None:
+        if not concrete(budget):
+            raise ValueError("max_new_tokens is traced: give buffer=, the static length of the output")
+        buffer = bucket(int(np.max(budget)))
+    if state is None:
+        state = State.init(cache if cache is not None else runner.init_cache(rows, room(config, ids, num, budget, buffer)))
+    sampling = (sampling or Sampling(temperature=0.0)).rows(rows, config.vocab_size, config.stop_ids)
+    key = jax.random.key(0) if key is None else key
+    return run(params, state, ids, num, sampling, budget, key, model=runner, process=process, buffer=buffer)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "process", "buffer"), donate_argnames=("state",))
+def run(
+    params: Any,
+    state: State,
+    ids: jax.Array | None,
+    num: jax.Array | None,
+    sampling: Sampling,
+    budget: jax.Array,
+    key: jax.Array,
+    *,
+    model: Decoder | Adapted,
+    process: Process | None,
+    buffer: int,
+) -> Result:
+    """The program: takes in ids, if any, then steps until every row is done."""
+    if ids is not None and num is not None:
+        state = read(model, params, state, ids, num)
+    budget = jnp.minimum(budget, buffer)
+    rows = state.length.shape[0]
+    start = Result(
+        ids=jnp.full((rows, buffer), -1, jnp.int32),
+        num=jnp.zeros(rows, jnp.int32),
+        logprobs=jnp.zeros((rows, buffer), jnp.float32),
+        state=state.resume(),
+    )
+
+    def active(result: Result) -> jax.Array:
+        return (result.finish == RUNNING) & (result.num < budget)
+
+    def body(result: Result) -> Result:
+        now, state = active(result), result.state
+        step = state.cache.step(now.astype(jnp.int32), 1)
+        scores, cache = model.last(params, state.newest[:, None], state.cache, step)
+        state = state.replace(cache=cache.advance(step.num))
+        token = draw(scores, state, sampling, key, process)
+        return emit(result.replace(state=state), token, scores, sampling, budget, now)
+
+    return jax.lax.while_loop(lambda result: active(result).any(), body, start)
+
+
+def draw(scores: jax.Array, state: State, sampling: Sampling, key: jax.Array, process: Process | None) -> jax.Array:
+    """The next id [B] of each row: processors, then a draw keyed by the row's seed and the token's position."""
+    processed = scores if process is None else process(scores, state)
+    processed = draws.process(processed, sampling, state.tokens, state.length, state.prompt)
+    return draws.sample(processed, sampling, key, state.length)
+
+
+def emit(
+    result: Result, token: jax.Array, scores: jax.Array, sampling: Sampling, budget: jax.Array, now: jax.Array
+) -> Result:
+    """Writes the ids [B] of the rows that are `now` at work, and finishes those that are done."""
+    one, at = now.astype(jnp.int32), jnp.where(now, result.num, result.ids.shape[1])[:, None]
+    put = jax.vmap(lambda row, p, new: row.at[p].set(new, mode="drop"))
+    state, num = result.state.append(token[:, None], one), result.num + one
+    stopped = (token[:, None] == sampling.stop_ids).any(-1)
+    full = (num >= budget) | (state.length > state.cache.size)
+    finish = jnp.where(stopped, STOP, jnp.where(full, LENGTH, RUNNING))
+    return Result(
+        ids=put(result.ids, at, token[:, None]),
+        num=num,
+        logprobs=put(result.logprobs, at, draws.logprobs(scores, token)[:, None]),
+        state=state.replace(finish=jnp.where(now, finish, state.finish)),
+    )
+
+
+def prompt(ids: Any, num: Any, config: ModelConfig) -> tuple[Any, Any]:
+    """ids [B, T] and num [B] from arrays or lists of lists, padded to a rung of the ladder; (None, None) for none."""
+    if ids is None:
+        return None, None
+    if not hasattr(ids, "ndim"):
+        rows: Sequence[Sequence[int]] = ids
+        if num is not None:
+            raise ValueError("num goes with an array of ids; lists of ids have lengths of their own")
+        return pad(rows)
+    if ids.ndim != 2:
+        raise ValueError(f"ids have shape {ids.shape}: give [rows, tokens], or a list of lists")
+    if num is None:
+        num = np.full(ids.shape[0], ids.shape[1], np.int32)
+    if concrete(ids):
+        ids = np.asarray(ids)
+        ids = np.pad(ids, ((0, 0), (0, bucket(ids.shape[1]) - ids.shape[1])))
+    return ids, per_row(num, ids.shape[0], "num")
+
+
+def per_row(value: Any, rows: int, name: str) -> Any:
+    """An int, or one a row, as [B] int32."""
+    value = jnp.asarray(value, jnp.int32) if isinstance(value, jax.Array) else np.asarray(value, np.int32)
+    if value.ndim == 0:
+        return jnp.full(rows, value) if isinstance(value, jax.Array) else np.full(rows, value)
+    if value.shape != (rows,):
+        raise ValueError(f"{name} has shape {value.shape} but there are {rows} rows: give one number, or one a row")
+    return value
+
+
+def concrete(*values: Any) -> bool:
+    """Whether values are known on the host, rather than traced."""
+    return not any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def check(config: ModelConfig, ids: Any, num: Any, budget: Any, held: Cache | None, state: State | None) -> None:
+    """Refuses, before anything is dispatched, what could not be answered rightly."""
+    num, budget = np.zeros_like(budget) if num is None else np.asarray(num), np.asarray(budget)
+    known = state.length if state is not None else held.length if held is not None else np.zeros_like(num)
+    if not concrete(known):
+        return
+    known = np.asarray(known)
+    if len(num) != len(known):
+        raise ValueError(f"ids have {len(num)} rows but the cache has {len(known)}: give every row a prompt or num 0")
+    if budget.min() < 0:
+        raise ValueError(f"max_new_tokens is {budget.min()}: it must be at least 0")
+    idle = np.flatnonzero((num + (known if state is not None else 0) == 0) & (budget > 0))
+    if idle.size:
+        raise ValueError(f"row {idle[0]} has an empty prompt: give it at least one token, or max_new_tokens 0")
+    skipped = np.flatnonzero((num > 0) & (budget == 0))
+    if skipped.size:
+        raise ValueError(f"row {skipped[0]} has a prompt but max_new_tokens 0: give it at least 1, or no prompt")
+    if ids is not None and concrete(ids):
+        inside = np.arange(ids.shape[1]) < num[:, None]
+        outside = inside & ((ids < 0) | (ids >= config.vocab_size))
+        if outside.any():
+            row, place = np.argwhere(outside)[0]
+            raise ValueError(f"row {row} has id {ids[row, place]} but the vocabulary ends at {config.vocab_size - 1}")
+    need = (known + num + budget) * (budget > 0)
+    size = held.size if held is not None else config.num_positions or need.max()
+    if need.max() - 1 > size:  # the newest token is never fed
+        row = int(need.argmax())
+        raise ValueError(
+            f"prompt has {known[row] + num[row]} tokens and {budget[row]} are to be made, but the cache holds {size}: "
+            "shorten the prompt, lower max_new_tokens or make a larger cache"
+        )
+
+
+def room(config: ModelConfig, ids: Any, num: Any, budget: Any, buffer: int) -> int:
+    """The size of a cache for these prompts and budgets: a rung of the ladder."""
+    known = concrete(num, budget)
+    size = bucket(int((np.asarray(num) + np.asarray(budget)).max()) if known else ids.shape[1] + buffer, least=64)
+    return min(size, config.num_positions) if config.num_positions else size

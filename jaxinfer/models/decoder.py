@@ -1,0 +1,99 @@
+"""THE forward: one function for any T. Prefill is decode with T tokens, verify is decode with T = J + 1.
+
+The layers are a Python loop over a tuple: `lax.scan` over stacked weights copies every layer's weights at every step
+(1.1B parameters on CPU: 2.6 against 6.5 tokens/s, and an H200 compile shows the same copies).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer import ops
+from jaxinfer.cache import Cache, Step
+from jaxinfer.config import LayerSpec, ModelConfig, RopeSpec
+
+Params = dict[str, Any]
+Angles = dict[RopeSpec | None, tuple[jax.Array, jax.Array]]
+
+
+def decoder(
+    params: Params,
+    config: ModelConfig,
+    ids: jax.Array,
+    cache: Cache,
+    step: Step,
+    layers: tuple[int, int | None] = (0, None),
+    hidden: jax.Array | None = None,
+    taps: tuple[int, ...] = (),
+) -> tuple[tuple[jax.Array, tuple[jax.Array, ...]], Cache]:
+    """Runs ids [B, T] through the layers [layers[0], layers[1]) and leaves their keys and values pending in the cache.
+
+    Gives ((hidden [B, T, D], tapped), cache): `tapped` holds the hidden state after each layer of `taps`. A later range
+    starts from `hidden=`, what an earlier range gave; ids are then not looked at. `logits` turns hidden into scores.
+    """
+    first, last = layers[0], len(config.layers) if layers[1] is None else layers[1]
+    x = embed(params, config, ids, step) if hidden is None else hidden
+    turns = angles(config, cache, step)
+    tapped = []
+    for index in range(first, last):
+        spec, p = config.layers[index], params["layers"][index]
+        x, cache = block(p, spec, x, turns[spec.rope], cache, index, step)
+        if index in taps:
+            tapped.append(x)
+    return (x, tuple(tapped)), cache
+
+
+def embed(params: Params, config: ModelConfig, ids: jax.Array, step: Step) -> jax.Array:
+    """Token (and learned position) embeddings [B, T, D]; a pad is token 0, whatever its id."""
+    x = ops.embed(params["embed"], jnp.where(step.valid, ids, 0)).astype(config.dtype)
+    if config.embed_scale != 1:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)  # rounded to the dtype first, as Gemma was trained
+    if config.num_positions:
+        position = jnp.where(step.valid, step.position, 0)
+        x = x + ops.embed(params["positions"], position).astype(x.dtype)
+    return x
+
+
+def angles(config: ModelConfig, cache: Cache, step: Step) -> Angles:
+    """cos and sin of each kind of rope in the model, once for all its layers."""
+    kinds = dict.fromkeys(spec.rope for spec in config.layers)
+    return {rope: ops.angles(step.position, rope, cache.size) if rope else () for rope in kinds}  # type: ignore
+
+
+def block(
+    p: Params, spec: LayerSpec, x: jax.Array, turn: tuple, cache: Cache, index: int, step: Step
+) -> tuple[jax.Array, Cache]:
+    """Attention and feed-forward, each added to x [B, T, D]."""
+    y = ops.norm(x, p["attention_norm"], spec.norm) if spec.pre_norm else x
+    y, cache = attention(p, spec, y, turn, cache, index, step)
+    x = x + (ops.norm(y, p["attention_post_norm"], spec.norm) if spec.post_norm else y)
+    y = ops.norm(x, p["ffn_norm"], spec.norm) if spec.pre_norm else x
+    y = ops.mlp(y, p, spec)
+    return x + (ops.norm(y, p["ffn_post_norm"], spec.norm) if spec.post_norm else y), cache
+
+
+def attention(
+    p: Params, spec: LayerSpec, x: jax.Array, turn: tuple, cache: Cache, index: int, step: Step
+) -> tuple[jax.Array, Cache]:
+    """The attention block of x [B, T, D]; only the cache knows which row a token belongs to."""
+    q = ops.linear(x, p["q"], "BTD,NHD->BTNH", p.get("q_bias"))
+    k = ops.linear(x, p["k"], "BTD,KHD->BTKH", p.get("k_bias"))
+    v = ops.linear(x, p["v"], "BTD,KHD->BTKH", p.get("v_bias"))
+    if spec.qk_norm != "none":
+        axes = 1 if spec.qk_norm == "head" else 2
+        q, k = ops.norm(q, p["q_norm"], spec.norm, axes), ops.norm(k, p["k_norm"], spec.norm, axes)
+    if turn:
+        q, k = ops.rotate(q, *turn), ops.rotate(k, *turn)
+    out, cache = cache.attend(index, q, k, v, spec, step)
+    return ops.linear(out, p["o"], "BTNH,DNH->BTD", p.get("o_bias")), cache
+
+
+def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Scores of the next token [B, T, V] float32 from the last layer's hidden [B, T, D]."""
+    x = ops.norm(hidden, params["norm"], config.norm)
+    w = params["embed"] if config.tied else params["head"]
+    score = ops.linear(x, w, "BTD,VD->BTV", dtype=jnp.float32)
+    return score if config.softcap is None else config.softcap * jnp.tanh(score / config.softcap)

@@ -1,0 +1,90 @@
+"""Attention over keys and values that lie as [B, K, S, H]: with [B, S, K, H] XLA copies both at every step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.config import LayerSpec
+from jaxinfer.ops.linear import dot
+
+MASKED = -1e30  # finite: a query that sees nothing (a pad) gives numbers, not NaN
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, spec: LayerSpec) -> jax.Array:
+    """Reference attention: plain and exact, the truth every kernel is compared with.
+
+    q [B, T, N, H] at `position` [B, T] sees the slots s <= position of k and v [B, K, S, H] (inside the window, where
+    the spec has one). Scores and their softmax are float32. Gives [B, T, N, H] in the dtype of q.
+    """
+    slot = jnp.arange(k.shape[2])
+    rows = queries(q, k)  # [B, K, GT, H]
+    score = scores(rows, k, visible(position, slot, spec), spec)  # [B, K, GT, S]
+    weight = jax.nn.softmax(score).astype(v.dtype)
+    return answers(dot(weight, v, "BKXS,BKSH->BKXH"), q)
+
+
+def attend_blockwise(
+    q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, spec: LayerSpec, block: int = 512
+) -> jax.Array:
+    """`attend` with an online softmax over blocks of slots (Milakov and Gimelshein 2018, Rabe and Staats 2021).
+
+    Scores of one block at a time are held, and the loop ends at the last slot that a query with position < S sees, so
+    that a long prompt needs memory for [B, N, T, block] and not [B, N, T, S].
+    """
+    size = k.shape[2]
+    block = min(block, size)
+    rows = queries(q, k)
+    past = jnp.max(jnp.where(position < size, position, 0)) + 1
+
+    def body(index, carry):
+        best, total, out = carry
+        # the last block may reach back into the one before: its slots that were seen already are masked
+        start = jnp.minimum(index * block, size - block)
+        slot = start + jnp.arange(block)
+        seen = visible(position, slot, spec) & (slot >= index * block)
+        take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block, axis=2)
+        score = scores(rows, take(k), seen, spec)
+        peak = jnp.maximum(best, score.max(-1))
+        fade = jnp.exp(best - peak)
+        weight = jnp.exp(score - peak[..., None])
+        part = dot(weight.astype(v.dtype), take(v), "BKXS,BKSH->BKXH")
+        return peak, total * fade + weight.sum(-1), out * fade[..., None] + part
+
+    shape = rows.shape[:-1]
+    start = (jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(rows.shape, jnp.float32))
+    _, total, out = jax.lax.fori_loop(0, -(-past // block), body, start)
+    return answers(out / total[..., None], q)
+
+
+def visible(position: jax.Array, slot: jax.Array, spec: LayerSpec) -> jax.Array:
+    """Which slots [S] a query at each position [B, T] sees: [B, T, S]."""
+    seen = slot <= position[:, :, None]
+    return seen if spec.window is None else seen & (slot > position[:, :, None] - spec.window)
+
+
+def queries(q: jax.Array, k: jax.Array) -> jax.Array:
+    """q [B, T, N, H] as the rows that meet each kv head: [B, K, GT, H], in the dtype of k, at least two of them."""
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H).astype(k.dtype)
+    return jnp.concatenate([rows, rows], 2) if rows.shape[2] == 1 else rows
+
+
+def scores(rows: jax.Array, k: jax.Array, seen: jax.Array, spec: LayerSpec) -> jax.Array:
+    """Scaled, capped and masked scores [B, K, GT, S] in float32."""
+    score = dot(rows, k, "BKXH,BKSH->BKXS") * spec.scale
+    if spec.softcap is not None:
+        score = spec.softcap * jnp.tanh(score / spec.softcap)
+    B, K, X, S = score.shape
+    T = seen.shape[1]
+    seen = jnp.broadcast_to(seen[:, None, None], (B, K, X // T, T, S)).reshape(B, K, X, S)
+    return jnp.where(seen, score, MASKED)
+
+
+def answers(out: jax.Array, q: jax.Array) -> jax.Array:
+    """[B, K, GT, H] back as q lies: [B, T, N, H]."""
+    B, T, N, H = q.shape
+    K = out.shape[1]
+    out = out[:, :, : N // K * T].astype(q.dtype)
+    return out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
