@@ -1,5 +1,10 @@
 """The only room that says cpu, gpu or tpu: what each platform does best, decided once and by name."""
 
+from __future__ import annotations
+
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 
@@ -14,3 +19,16 @@ def cache_dtype(dtype: str, platform: str | None = None) -> jnp.dtype:
     if platform == "cpu" and dtype == "bfloat16" and version < CPU_WRITES_BFLOAT16:
         return jnp.dtype("float32")
     return jnp.dtype(dtype)
+
+
+def free_memory() -> int | None:
+    """Bytes that may still be allocated, over all local devices; None where the platform does not say."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        meminfo = pathlib.Path("/proc/meminfo")
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
+        return int(found[1]) * 1024 if found else None
+    stats = [device.memory_stats() for device in devices]
+    if not all(stats):
+        return None
+    return sum(s["bytes_limit"] - s["bytes_in_use"] for s in stats if s)

@@ -1,5 +1,7 @@
 """From a kind's name to a cache."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -27,8 +29,29 @@ def init_cache(
     kind: "dense" (every key and value, preallocated) or "none" (keeps nothing: training, scoring).
     dtype: of keys and values; by default that of the model, float32 where a platform writes bfloat16 slowly.
     max_rewind, max_pending: how many committed tokens `rewind` may take back, and how many tokens may be pending.
-    Raises ValueError for an unknown kind, or a size that no token fits in.
+    Raises ValueError for an unknown kind, a size that no token fits in, and a cache that the free memory cannot hold.
     """
+    options = {"dtype": dtype, "max_rewind": max_rewind, "max_pending": max_pending}
+    needed, free = cache_bytes(config, rows, size, kind, **options), kernels.free_memory()
+    if free is not None and needed > free and not isinstance(jnp.zeros(()), jax.core.Tracer):
+        raise ValueError(
+            f"a cache of {rows} x {size} tokens needs {needed / 1e9:.2f} GB of memory but {free / 1e9:.2f} GB are free: "
+            "ask for fewer rows, a smaller size or a smaller dtype"
+        )
+    return empty_cache(config, rows, size, kind, **options)
+
+
+def cache_bytes(config: ModelConfig, rows: int, size: int, kind: str = "dense", **options) -> int:
+    """The bytes that `init_cache` would allocate, without allocating them."""
+    shapes = jax.eval_shape(lambda: empty_cache(config, rows, size, kind, **options))
+    return shapes.bytes
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames=("dtype", "max_rewind", "max_pending"))
+def empty_cache(
+    config: ModelConfig, rows: int, size: int, kind: str, *, dtype=None, max_rewind: int = 0, max_pending: int = 1
+) -> Cache:
+    """`init_cache` as one program, and without a look at the memory."""
     if kind not in KINDS:
         raise ValueError(f"cache kind {kind!r} is not known: take one of {', '.join(KINDS)}")
     if rows < 1 or size < 1:
@@ -42,8 +65,3 @@ def init_cache(
     layers = tuple(KINDS[kind].init(spec, rows, size, dtype) for spec in config.layers)
     return Cache(layers, jnp.zeros(rows, jnp.int32), size=size, max_rewind=max_rewind, max_pending=max_pending)
 
-
-def cache_bytes(config: ModelConfig, rows: int, size: int, kind: str = "dense", **options) -> int:
-    """The bytes that `init_cache` would allocate, without allocating them."""
-    shapes = jax.eval_shape(lambda: init_cache(config, rows, size, kind, **options))
-    return shapes.bytes

@@ -14,13 +14,21 @@ import numpy as np
 from jaxinfer.config import ModelConfig
 from jaxinfer.decoding.generate import Process, check, per_row, run
 from jaxinfer.decoding.model import Adapted, Decoder, Model, adapt
-from jaxinfer.decoding.state import FINISH, LENGTH, RUNNING, STOP, State, bucket, read
+from jaxinfer.decoding.state import FINISH, LENGTH, STOP, State, bucket, read
 from jaxinfer.sampling import Sampling
 from jaxinfer.text import Detokenizer, Tokenizer
 
-read_program = functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))(
-    lambda params, state, ids, num, *, model: read(model, params, state, ids, num)
-)
+NEVER = np.iinfo(np.int32).max
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def read_chunk(params: Any, state: State, ids: jax.Array, num: jax.Array, *, model: Decoder | Adapted) -> State:
+    """Takes in a chunk of the prompts."""
+    return read(model, params, state, ids, num)
+
+
+start = jax.jit(State.init, donate_argnums=0)
+cut = jax.jit(State.cut, donate_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +44,19 @@ class Delta:
 class Stream:
     """An iterator of `Delta`s, which keeps what it gave: see `stream`."""
 
-    def __init__(
-        self, program: Program, state: State, tokenizer: Tokenizer, budget: np.ndarray, stop: Sequence[str], chunk: int
-    ):
+    def __init__(self, program: Program, state: State, detokenizers: list[Detokenizer], budget: np.ndarray):
         rows = len(budget)
-        self.state = state
         self.ids: list[list[int]] = [[] for _ in range(rows)]
         self.logprobs: list[list[float]] = [[] for _ in range(rows)]
         self.text = [""] * rows
         self.finish = ["length" if n == 0 else "running" for n in budget]
         self.prefill_seconds = 0.0
+        self.first_seconds = 0.0  # of the first step, which is among the decode_seconds
         self.decode_seconds = 0.0
         self.steps = 0  # passes through the model since the prompts were read
-        self._program, self._budget, self._chunk = program, budget.copy(), chunk
-        self._detokenizers = [Detokenizer(tokenizer, stop) for _ in range(rows)]
+        self._program, self._state, self._budget = program, state, budget.copy()
+        self._ends = np.full(rows, NEVER, np.int32)  # where rows end that went on behind a stop string
+        self._detokenizers = detokenizers
         self._deltas = self._run()
 
     def __iter__(self) -> Iterator[Delta]:
@@ -58,56 +65,58 @@ class Stream:
     def __next__(self) -> Delta:
         return next(self._deltas)
 
+    @property
+    def state(self) -> State:
+        """To go on with: the rows as far as they were given, without what was made behind a stop string."""
+        if (self._ends < NEVER).any():
+            self._state = cut(self._state, self._ends)
+            self._ends = np.full_like(self._ends, NEVER)
+        return self._state
+
+    def compile(self) -> list[Any]:
+        """Compiles what the stream will run, ahead of time, so that no second of it is counted as prefill or decode."""
+        return self._program.compile(self._state, self._budget)
+
     def _run(self) -> Iterator[Delta]:
         begin = time.perf_counter()
         for ids, num in self._program.prompts:
-            self.state = self._program.read(self.state, ids, num)
-        jax.block_until_ready(self.state.length)
+            self._state = self._program.read(self._state, ids, num)
+        jax.block_until_ready(self._state.length)
         self.prefill_seconds = time.perf_counter() - begin
-        width = 1  # the first token at once, then a chunk of them at a time: the budget is traced, one program serves
+        width = 1  # the budget is traced: one program serves every width
         while self._budget.any():
             begin = time.perf_counter()
             asked = np.minimum(self._budget, width).astype(np.int32)
-            result = self._program.run(self.state, asked)
-            self.state = result.state
+            result = self._program.run(self._state, asked)
+            self._state = result.state
             new, num, logprobs, finish = jax.device_get((result.ids, result.num, result.logprobs, result.finish))
-            self.decode_seconds += time.perf_counter() - begin
-            self.steps += int(num.max())
-            yield from self._emit(new, num, logprobs, finish, asked)
-            width = self._chunk
+            seconds, steps = time.perf_counter() - begin, int(num.max())
+            self.decode_seconds += seconds
+            self.first_seconds = self.first_seconds or seconds
+            self.steps += steps
+            yield from [self._emit(int(row), new, num, logprobs, finish, asked) for row in np.flatnonzero(asked)]
+            width = int(max(1, min(self._program.buffer, self._program.pace / seconds * steps)))
 
-    def _emit(self, new: Any, num: Any, logprobs: Any, finish: Any, asked: np.ndarray) -> Iterator[Delta]:
-        ends = np.full(len(num), np.iinfo(np.int32).max, np.int32)
-        deltas = []
-        for row in np.flatnonzero(asked):
-            row = int(row)
-            detokenizer, got = self._detokenizers[row], new[row, : num[row]].tolist()
-            self._budget[row] -= len(got)
-            code = int(finish[row])
-            hidden = code == STOP  # the stop id ends the text and is no part of it
-            text = detokenizer.push(got[:-1] if hidden else got)
-            done = self._budget[row] == 0 or code == STOP or len(got) < asked[row]
-            if detokenizer.stopped:
-                used = detokenizer.num - len(self.ids[row])
-                ends[row] = self._program.lengths[row] + detokenizer.num
-                got, code, done = got[:used], STOP, True
-            elif done:
-                text += detokenizer.finish()
-                if detokenizer.stopped:
-                    code = STOP
-            if done:
-                self._budget[row] = 0
-                self.finish[row] = FINISH[STOP if code == STOP else LENGTH]
-            self.ids[row] += got
-            self.logprobs[row] += logprobs[row, : len(got)].tolist()
-            self.text[row] += text
-            deltas.append(Delta(row, text, tuple(got), self.finish[row] if done else None))
-        if (ends < np.iinfo(np.int32).max).any():
-            self.state = cut_program(self.state, ends)
-        yield from deltas
-
-
-cut_program = functools.partial(jax.jit, donate_argnums=0)(State.cut)
+    def _emit(self, row: int, new: Any, num: Any, logprobs: Any, finish: Any, asked: np.ndarray) -> Delta:
+        detokenizer, got = self._detokenizers[row], new[row, : num[row]].tolist()
+        stopped = int(finish[row]) == STOP
+        self._budget[row] -= len(got)
+        self.logprobs[row] += logprobs[row, : len(got)].tolist()
+        text = detokenizer.push(got[:-1] if stopped else got)  # the stop id ends the text and is no part of it
+        done = stopped or self._budget[row] == 0 or len(got) < asked[row]  # the last: the cache is full
+        if done:
+            text += detokenizer.finish()
+        given = len(self.ids[row])
+        self.ids[row] += got
+        if detokenizer.stopped:  # a stop string may have been complete some ids ago, while its text was held back
+            del self.ids[row][detokenizer.num :], self.logprobs[row][detokenizer.num :]
+            self._ends[row] = self._program.lengths[row] + detokenizer.num
+            stopped = done = True
+        if done:
+            self._budget[row] = 0
+            self.finish[row] = FINISH[STOP if stopped else LENGTH]
+        self.text[row] += text
+        return Delta(row, text, tuple(self.ids[row][given:]), self.finish[row] if done else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,20 +128,31 @@ class Program:
     sampling: Sampling
     key: jax.Array
     process: Process | None
-    buffer: int
+    buffer: int  # tokens a dispatch, at most
+    pace: float  # seconds that a dispatch is to take, at most
     prompts: list[tuple[np.ndarray, np.ndarray]]  # chunks of ids [B, T] and num [B]
     lengths: np.ndarray  # [B] tokens before the output begins
 
+    def compile(self, state: State, budget: np.ndarray) -> list[Any]:
+        """Both programs, lowered and compiled; later calls find them."""
+        readers = [read_chunk.lower(self.params, state, *chunk, model=self.model) for chunk in self.prompts[:1]]
+        runner = run.lower(*self._arguments(state, budget), **self._static)
+        return [lowered.compile() for lowered in (*readers, runner)]
+
     def read(self, state: State, ids: np.ndarray, num: np.ndarray) -> State:
         """One chunk of the prompts."""
-        return read_program(self.params, state, ids, num, model=self.model)
+        return read_chunk(self.params, state, ids, num, model=self.model)
 
     def run(self, state: State, budget: np.ndarray) -> Any:
         """A few tokens of every row."""
-        return run(
-            self.params, state, None, None, self.sampling, budget, self.key,
-            model=self.model, process=self.process, buffer=self.buffer,
-        )  # fmt: skip
+        return run(*self._arguments(state, budget), **self._static)
+
+    def _arguments(self, state: State, budget: np.ndarray) -> tuple[Any, ...]:
+        return self.params, state, None, None, self.sampling, budget, self.key
+
+    @property
+    def _static(self) -> dict[str, Any]:
+        return {"model": self.model, "process": self.process, "buffer": self.buffer}
 
 
 def stream(
@@ -150,6 +170,7 @@ def stream(
     model: Model | None = None,
     process: Process | None = None,
     chunk: int = 8,
+    pace: float = 0.2,
     prefill_chunk: int = 512,
     **cache: Any,
 ) -> Stream:
@@ -158,48 +179,73 @@ def stream(
     prompts: texts, or lists of ids; an empty list for a row that only goes on with `state`.
     stop: strings that end a row; the text is cut before one, and nothing of it is ever given.
     size: of the cache that is made when no state is given; by default what prompts and max_new_tokens need.
-    chunk: tokens a dispatch; the first one makes one token, so that it is seen at once. prefill_chunk: prompt tokens a
-    dispatch. cache: further options of `jaxinfer.init_cache`. The rest is as in `generate`, whose ids these are.
+    chunk: tokens a dispatch, at most: the first dispatch makes one token, so that it is seen at once, the later ones as
+    many as take `pace` seconds. prefill_chunk: prompt tokens a dispatch.
+    cache: further options of `jaxinfer.init_cache`. The rest is as in `generate`, whose ids these are.
 
-    Raises ValueError before anything is dispatched: what `generate` refuses, and chunks smaller than 1.
+    Raises ValueError before anything is dispatched: what `generate` refuses, chunks smaller than 1, and a size or cache
+    options beside a state, which brings its own cache along.
     """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts is {prompts!r}: give a list of prompts, one per row")
     for name, value in (("chunk", chunk), ("prefill_chunk", prefill_chunk)):
         if value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1")
+    if state is not None and (size is not None or cache):
+        given = ", ".join(cache) or "size"
+        raise ValueError(f"stream got both state= and {given}=: a state brings its cache along, give one of them")
     rows = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     num = np.array([len(row) for row in rows], np.int32)
     budget = np.asarray(per_row(max_new_tokens, len(rows), "max_new_tokens"))
-    whole = np.zeros((len(rows), int(num.max(initial=1))), np.int32)
+    whole = np.zeros((len(rows), int(num.max(initial=1))), np.int64)  # wide enough to be refused, not wrapped
     for row, out in zip(rows, whole, strict=True):
         out[: len(row)] = row
-    runner = adapt(model, config)
-    if state is None and size is not None and (num + budget).max(initial=0) - 1 > size:
+    if state is None and size is not None and (num + budget).max() - 1 > size:
         row = int((num + budget).argmax())
         raise ValueError(
             f"prompt has {num[row]} tokens and {budget[row]} are to be made, but the cache holds {size}: "
             "shorten the prompt, lower max_new_tokens or make a larger cache"
         )
     check(config, whole, num, budget, None if state is None else state.cache, state)
-    if state is None:
+    detokenizers = [Detokenizer(tokenizer, stop, prompt=row) for row in before(rows, state)]
+    laid_out = (sampling or Sampling(temperature=0.0)).rows(len(rows), config.vocab_size, config.stop_ids)
+    runner = adapt(model, config)
+    if size is None:
         need = bucket(int((num + budget).max()), least=64)
-        limit = config.num_positions or need
-        state = State.init(runner.init_cache(len(rows), min(need, limit) if size is None else size, **cache))
+        size = min(need, config.num_positions or need)
+    if stop and model is None:
+        cache = {"max_rewind": chunk - 1} | cache  # a row may go on behind a stop string to the end of a chunk
+    begun: State = start(runner.init_cache(len(rows), size, **cache)) if state is None else state
     program = Program(
         params=params,
         model=runner,
-        sampling=(sampling or Sampling(temperature=0.0)).rows(len(rows), config.vocab_size, config.stop_ids),
-        key=jax.random.key(0) if key is None else key,
+        sampling=jax.device_put(laid_out),
+        key=first_key() if key is None else key,
         process=process,
         buffer=chunk,
+        pace=pace,
         prompts=list(chunks(whole, num, prefill_chunk)),
-        lengths=np.asarray(state.length) + num,
+        lengths=np.asarray(begun.length) + num,
     )
-    return Stream(program, state, tokenizer, budget, stop, chunk)
+    return Stream(program, begun, detokenizers, budget)
+
+
+def first_key() -> jax.Array:
+    """jax.random.key(0), without the two programs that making it so compiles."""
+    return jax.random.wrap_key_data(jax.device_put(np.zeros(2, np.uint32)), impl="threefry2x32")
+
+
+def before(rows: list[list[int]], state: State | None) -> list[list[int]]:
+    """The ids that each row's text goes on from: its prompt, or what the state holds of a row that got none."""
+    if all(rows) or state is None:
+        return rows
+    tokens, length = np.asarray(state.tokens), np.asarray(state.length)
+    return [row or [i for i in held[:n].tolist() if i >= 0] for row, held, n in zip(rows, tokens, length, strict=True)]
 
 
 def chunks(ids: np.ndarray, num: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Prompts [B, T] in pieces of `size` tokens; a prompt shorter than that is one piece, a rung of the ladder wide."""
     width = min(size, bucket(ids.shape[1]))
-    for start in range(0, int(num.max(initial=0)), width):
-        piece = ids[:, start : start + width]
-        yield np.pad(piece, ((0, 0), (0, width - piece.shape[1]))), np.clip(num - start, 0, width).astype(np.int32)
+    for first in range(0, int(num.max(initial=0)), width):
+        piece = ids[:, first : first + width].astype(np.int32)
+        yield np.pad(piece, ((0, 0), (0, width - piece.shape[1]))), np.clip(num - first, 0, width).astype(np.int32)

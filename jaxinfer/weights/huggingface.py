@@ -14,7 +14,7 @@ import numpy as np
 from jaxinfer import hub, models
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.names import Names, Tensor, set_leaf, tensors
-from jaxinfer.weights.safetensors import Checkpoint, read_json
+from jaxinfer.weights.safetensors import Checkpoint, aligned_empty, read_json
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 FLOATS = ("float32", "bfloat16", "float16")
@@ -93,10 +93,13 @@ def convert(data: np.ndarray, tensor: Tensor, dtype: jnp.dtype):
     for part in tensor.parts:
         rows = data[start : start + part.stored[0]].reshape(part.shape)
         start += part.stored[0]
-        if rows.dtype == np.float64:
-            rows = rows.astype(np.float32)
-        # waits, so that no more than one tensor is on its way at a time
-        yield part.path, jax.block_until_ready(jnp.asarray(rows).astype(dtype))
+        if rows.dtype != dtype:  # on the host: on the device every shape would be a program
+            stored, rows = rows, aligned_empty(part.shape, dtype)
+            np.copyto(rows, stored, casting="unsafe")
+        # A CPU device takes the host's memory over, but not a part of it, which would keep the whole alive. Waits, so
+        # that no more than one tensor is on its way at a time.
+        own = rows.dtype != data.dtype or len(tensor.parts) == 1
+        yield part.path, jax.block_until_ready(jax.device_put(rows, may_alias=own))
 
 
 def stop_ids(directory: pathlib.Path) -> tuple[int, ...] | None:

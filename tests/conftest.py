@@ -1,0 +1,21 @@
+"""What every test shares."""
+
+import os
+import pathlib
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # tiny_models.py, and the scripts' tests' helpers
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the network would not be a law
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The default run leaves out what its marker says to ask for."""
+    if config.option.markexpr:
+        return
+    asked = {"full", "gpu", "h200"}
+    keep = [item for item in items if not asked & {mark.name for mark in item.iter_markers()}]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(keep)])
+    items[:] = keep
