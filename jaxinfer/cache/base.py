@@ -42,8 +42,7 @@ class LayerCache(abc.ABC):
         """Attention of q [B, T, N, H] over what was held plus this call's k, v [B, T, K, H]: ([B, T, N, H], cache)."""
 
 
-@struct.dataclass
-class Cache:
+class Cache(struct.PyTreeNode):
     """The memory of a batch of rows: an explicit pytree that the caller carries, and spends once, like a key."""
 
     layers: tuple[LayerCache, ...]
@@ -68,7 +67,7 @@ class Cache:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def step(self, num: jax.Array, T: int, start: jax.Array | None = None) -> Step:
-        """The step of a call with T tokens a row, `num` [B] of them valid, from `start` [B] on (by default `length`)."""
+        """The step of a call with T tokens a row, `num` [B] of them valid, from `start` [B] on (default: `length`)."""
         start = self.length if start is None else start
         valid = jnp.arange(T) < num[:, None]
         return Step(num, jnp.where(valid, start[:, None] + jnp.arange(T), PAST))

@@ -31,9 +31,7 @@ class Dense(LayerCache):
         """The letters of the arrays, congruent with them."""
         return Dense("BKSH", "BKSH")  # type: ignore[arg-type]
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, spec: LayerSpec, step: Step
-    ) -> tuple[jax.Array, Dense]:
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, spec: LayerSpec, step: Step) -> tuple[jax.Array, Dense]:
         """Writes k, v at their positions, then lets q look back."""
         new = Dense(write(self.k, k, step.position), write(self.v, v, step.position))
         B, T, N, _ = q.shape

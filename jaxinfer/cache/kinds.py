@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxinfer import kernels
 from jaxinfer.cache.base import Cache
@@ -33,9 +34,9 @@ def init_cache(
     """
     options = {"dtype": dtype, "max_rewind": max_rewind, "max_pending": max_pending}
     needed, free = cache_bytes(config, rows, size, kind, **options), kernels.free_memory()
-    if free is not None and needed > free and not isinstance(jnp.zeros(()), jax.core.Tracer):
+    if free is not None and needed > free and not isinstance(jnp.zeros(()), Tracer):
         raise ValueError(
-            f"a cache of {rows} x {size} tokens needs {needed / 1e9:.2f} GB of memory but {free / 1e9:.2f} GB are free: "
+            f"a cache of {rows} x {size} tokens needs {needed / 1e9:.2f} GB of memory but {free / 1e9:.2f} are free: "
             "ask for fewer rows, a smaller size or a smaller dtype"
         )
     return empty_cache(config, rows, size, kind, **options)
@@ -64,4 +65,3 @@ def empty_cache(
     dtype = jnp.dtype(dtype) if dtype is not None else kernels.cache_dtype(config.dtype)
     layers = tuple(KINDS[kind].init(spec, rows, size, dtype) for spec in config.layers)
     return Cache(layers, jnp.zeros(rows, jnp.int32), size=size, max_rewind=max_rewind, max_pending=max_pending)
-

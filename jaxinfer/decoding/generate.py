@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 
 from jaxinfer import sampling as draws
 from jaxinfer.cache import Cache
@@ -21,8 +22,7 @@ from jaxinfer.sampling import Sampling
 Process = Callable[[jax.Array, State], jax.Array]
 
 
-@struct.dataclass
-class Result:
+class Result(struct.PyTreeNode):
     """What a generation gives."""
 
     ids: jax.Array  # [B, buffer] int32 new ids, the stop id included, then -1
@@ -85,7 +85,9 @@ def generate(
             raise ValueError("max_new_tokens is traced: give buffer=, the static length of the output")
         buffer = bucket(int(np.max(budget)))
     if state is None:
-        state = State.init(cache if cache is not None else runner.init_cache(rows, room(config, ids, num, budget, buffer)))
+        state = State.init(
+            cache if cache is not None else runner.init_cache(rows, room(config, ids, num, budget, buffer))
+        )
     sampling = (sampling or Sampling(temperature=0.0)).rows(rows, config.vocab_size, config.stop_ids)
     key = jax.random.key(0) if key is None else key
     return run(params, state, ids, num, sampling, budget, key, model=runner, process=process, buffer=buffer)
@@ -187,7 +189,7 @@ def per_row(value: Any, rows: int, name: str) -> Any:
 
 def concrete(*values: Any) -> bool:
     """Whether values are known on the host, rather than traced."""
-    return not any(isinstance(value, jax.core.Tracer) for value in values)
+    return not any(isinstance(value, Tracer) for value in values)
 
 
 def check(config: ModelConfig, ids: Any, num: Any, budget: Any, held: Cache | None, state: State | None) -> None:

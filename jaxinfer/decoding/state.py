@@ -15,8 +15,7 @@ RUNNING, STOP, LENGTH = 0, 1, 2
 FINISH = ("running", "stop", "length")  # names of the codes
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """All that is remembered of a batch of rows. The cache holds every token but the newest."""
 
     cache: Cache

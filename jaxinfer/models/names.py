@@ -73,6 +73,12 @@ LLAMA = Names(
     ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )
 
+FOUR_NORMS = {  # where a norm also stands behind each block, its names say so (Gemma 2 and 3)
+    "attention_post_norm": "layers.{}.post_attention_layernorm.weight",
+    "ffn_norm": "layers.{}.pre_feedforward_layernorm.weight",
+    "ffn_post_norm": "layers.{}.post_feedforward_layernorm.weight",
+}
+
 
 def tensors(config: ModelConfig, names: Names) -> list[Tensor]:
     """Every tensor that a checkpoint of this config must hold, without prefix, in the order of the params."""
@@ -111,7 +117,7 @@ def stored_shape(local: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (math.prod(shape) // inner, inner)
 
 
-def set_leaf(tree: dict[str, Any], path: Path, value: Any) -> None:
+def set_leaf(tree: dict[Any, Any], path: Path, value: Any) -> None:
     """Puts a value into nested dicts (layers keyed by number), making them as needed."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})

@@ -8,7 +8,19 @@ from typing import Any, Protocol
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.names import Names
 
-FAMILIES = ("llama",)
+FAMILIES = {  # model_type: the file of its recipe
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "gemma3_text": "gemma3_text",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "mistral": "mistral",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+}
 
 
 class Family(Protocol):
@@ -26,7 +38,7 @@ def family(raw: dict[str, Any]) -> Family:
     kind = raw.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(f"config.json has model_type {kind!r}: only {', '.join(FAMILIES)} are handled")
-    return importlib.import_module(f"jaxinfer.models.{kind}")  # type: ignore[return-value]
+    return importlib.import_module(f"jaxinfer.models.{FAMILIES[kind]}")  # type: ignore[return-value]
 
 
 def config_from_hf(raw: dict[str, Any]) -> ModelConfig:

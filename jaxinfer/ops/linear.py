@@ -9,15 +9,18 @@ import jax.numpy as jnp
 def linear(x: jax.Array, w: jax.Array, equation: str, bias: jax.Array | None = None, dtype=None) -> jax.Array:
     """The product that `equation` names ("BTD,NHD->BTNH"), summed in float32, in `dtype` (that of x unless given).
 
-    Weights keep the checkpoint's [out, in] order. A lone row is multiplied as two: XLA gives a row of a product the same
-    bits whatever the number of rows beside it, except when it is alone (and on CPU it would first rewrite a bfloat16
-    weight in float32).
+    Weights keep the checkpoint's [out, in] order, and are multiplied as that matrix: seen as [N, H, D] XLA:CPU would
+    transpose the whole weight first. A lone row is multiplied as two: XLA gives a row of a product the same bits
+    whatever the number of rows beside it, except when it is alone (and on CPU it would first rewrite a bfloat16 weight
+    in float32).
     """
-    rows = equation.split(",")[0]
-    inner = equation.split("->")[0].split(",")[1]
-    alone = math.prod(size for size, letter in zip(x.shape, rows, strict=True) if letter not in inner) == 1
-    y = dot(jnp.concatenate([x, x]) if alone else x, w, equation)
-    y = (y[:1] if alone else y).astype(dtype or x.dtype)
+    left, right = equation.split("->")[0].split(",")
+    outer = sum(letter not in left for letter in right)
+    inner = len(right) - outer
+    matrix = w.reshape(math.prod(w.shape[:outer]), -1)
+    rows = x.reshape(-1, matrix.shape[1])
+    y = dot(jnp.concatenate([rows, rows]) if len(rows) == 1 else rows, matrix, "MI,OI->MO")
+    y = y[: len(rows)].astype(dtype or x.dtype).reshape(*x.shape[: x.ndim - inner], *w.shape[:outer])
     return y if bias is None else y + bias.astype(y.dtype)
 
 

@@ -13,8 +13,12 @@ def byte_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """Writes it into a directory, and reads it back. Ids 0 to 255 are the bytes; nothing is added around a text."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    shown = [c for c in map(chr, range(0x100)) if c in set(ByteLevel.alphabet()) and c.isprintable() and c not in " \xa0\xad"]
-    rest = sorted(set(ByteLevel.alphabet()) - set(shown))  # bytes that print as nothing stand for U+0100 and up, in order
+    shown = [
+        c for c in map(chr, range(0x100)) if c in set(ByteLevel.alphabet()) and c.isprintable() and c not in " \xa0\xad"
+    ]
+    rest = sorted(
+        set(ByteLevel.alphabet()) - set(shown)
+    )  # bytes that print as nothing stand for U+0100 and up, in order
     hidden = [n for n in range(256) if chr(n) not in shown]
     vocab = {c: ord(c) for c in shown} | dict(zip(rest, hidden, strict=True))
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}

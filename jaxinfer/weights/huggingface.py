@@ -23,10 +23,11 @@ FLOATS = ("float32", "bfloat16", "float16")
 def load(name: str | os.PathLike[str], dtype=None) -> tuple[dict[str, Any], ModelConfig]:
     """The params and config of "builtin", a directory, or a hub id ("owner/name", fetched with huggingface_hub).
 
-    dtype: what the weights are converted to, tensor by tensor; by default the dtype that they are stored in. Host memory
-    stays under the loaded arrays plus two of the largest tensors. Raises FileNotFoundError or ValueError, in one line,
-    for a file that is missing or damaged, a tensor that is missing, surplus or of a wrong shape, and a config that is
-    not fully understood.
+    dtype: what the weights are converted to, tensor by tensor; by default the dtype that they are stored in. Host
+    memory stays under the loaded arrays plus two of the largest tensors.
+
+    Raises FileNotFoundError or ValueError, in one line, for a file that is missing or damaged, a tensor that is missing,
+    surplus or of a wrong shape, and a config that is not fully understood.
     """
     directory = hub.locate(os.fspath(name))
     raw = read_json(directory / "config.json")
@@ -47,12 +48,14 @@ def load(name: str | os.PathLike[str], dtype=None) -> tuple[dict[str, Any], Mode
 
 
 def match(checkpoint: Checkpoint, config: ModelConfig, names: Names) -> list[tuple[Tensor, str]]:
-    """Each tensor that the config needs with its name in the checkpoint; refuses what is missing, surplus or misshapen."""
+    """Each tensor that the config needs with its stored name; refuses what is missing, surplus or misshapen."""
     stored = {bare_name(name, names): name for name in checkpoint.entries}
     wanted = tensors(config, names)
     missing = [tensor.name for tensor in wanted if tensor.name not in stored]
     if missing:
-        raise ValueError(f"{checkpoint.directory} lacks {listing(missing)}: the checkpoint does not fit its config.json")
+        raise ValueError(
+            f"{checkpoint.directory} lacks {listing(missing)}: the checkpoint does not fit its config.json"
+        )
     ignored = [re.compile(pattern) for pattern in names.ignored]
     tied = set(names.bare) if config.tied else set()  # a tied head that was stored all the same
     surplus = set(stored) - {tensor.name for tensor in wanted} - tied
@@ -86,7 +89,9 @@ def listing(names: list[str]) -> str:
 def convert(data: np.ndarray, tensor: Tensor, dtype: jnp.dtype):
     """The arrays of one stored tensor: split, seen with their letters, in the wanted dtype, on the device."""
     if data.dtype.kind in "iub" or data.dtype.itemsize == 1:
-        raise ValueError(f"tensor {tensor.name!r} is stored as {data.dtype.name}: quantized checkpoints are not handled")
+        raise ValueError(
+            f"tensor {tensor.name!r} is stored as {data.dtype.name}: quantized checkpoints are not handled"
+        )
     if tensor.transposed:
         data = data.T
     start = 0

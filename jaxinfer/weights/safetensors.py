@@ -1,6 +1,7 @@
 """Safetensors files: eight bytes of header length, a JSON header, then the tensors' bytes (safetensors format, v1).
 
-Read with pread, not mmap: the pages of a mapping come and go as the kernel likes, while what pread fills can be counted.
+Read with pread, not mmap: the pages of a mapping come and go as the kernel likes, while what
+pread fills can be counted.
 """
 
 from __future__ import annotations
@@ -94,9 +95,12 @@ class Checkpoint:
         with open(entry.file, "rb", buffering=0) as file:
             done = 0
             while done < entry.bytes:  # the kernel gives at most 2 GB a call
-                got = os.preadv(file.fileno(), [data[done:]], entry.start + done)
+                rest: Any = data[done:]
+                got = os.preadv(file.fileno(), [rest], entry.start + done)
                 if not got:
-                    raise ValueError(f"{entry.file} ended inside tensor {name!r}: the file is truncated, fetch it again")
+                    raise ValueError(
+                        f"{entry.file} ended inside tensor {name!r}: the file is truncated, fetch it again"
+                    )
                 done += got
         self.bytes_read += entry.bytes
         return data.view(entry.dtype).reshape(entry.shape)

@@ -64,15 +64,12 @@ def test_equal_prompts_with_equal_seeds_say_the_same_and_other_seeds_do_not():
 def test_going_on_with_the_state_is_as_if_it_had_never_stopped(settings):
     sampling = Sampling(**settings, presence_penalty=0.5, min_new_tokens=6, stop_ids=[[20, 21, 22, 23, 24]] * 3)
     whole = generate(sampling=sampling)
-    size = jaxinfer.init_cache(CONFIG, 3, 64)
-    part = generate(sampling=sampling, max_new_tokens=[1, 3, 5], cache=size)
+    part = generate(sampling=sampling, max_new_tokens=[1, 3, 5], cache=jaxinfer.init_cache(CONFIG, 3, 64))
     ids = new_ids(part)
-    while min(map(len, ids)) < 12 and (np.asarray(part.finish) != 1).any():
-        left = np.array([min(2, 12 - len(row)) for row in ids])
+    for _ in range(12):
+        left = np.array([min(2, 12 - len(row)) for row in ids]) * (np.asarray(part.finish) != 1)
         part = jaxinfer.generate(PARAMS, CONFIG, state=part.state, sampling=sampling, max_new_tokens=left, buffer=4)
         ids = [a + b for a, b in zip(ids, new_ids(part), strict=True)]
-        if not left.any():
-            break
     assert ids == new_ids(whole)
 
 
@@ -140,7 +137,12 @@ def test_the_loop_ends_when_every_row_is_done():
 def test_a_changed_value_compiles_nothing():
     generate()
     before = run._cache_size()
-    for settings in ({"temperature": 0.5}, {"top_k": [1, 2, 3]}, {"seed": 9, "min_new_tokens": 2}, {"stop_ids": [4, 5]}):
+    for settings in (
+        {"temperature": 0.5},
+        {"top_k": [1, 2, 3]},
+        {"seed": 9, "min_new_tokens": 2},
+        {"stop_ids": [4, 5]},
+    ):
         generate(sampling=Sampling(**settings), max_new_tokens=[2, 9, 1], key=jax.random.key(5))
     generate([[1, 2, 3, 4, 5, 6, 7, 8], [1], [1, 2]])
     generate(sampling=Sampling(logit_bias={3: 2.0}, frequency_penalty=0.3, min_p=0.1))
@@ -244,8 +246,9 @@ def test_a_stop_string_cut_across_tokens_ends_its_row_and_is_never_given(bytes_m
     table[list(spelled[:-1]), list(spelled[1:])] = 9
     for stop, answer in [("🙂", "bc→déf"), ("f🙂g", "bc→dé"), ("→", "bc"), ("bc→déf🙂ghi!", None), ("é", "bc→d")]:
         flow = jaxinfer.stream(
-            jnp.asarray(table), config, tokenizer, ["a", "c"], model=Table(), stop=[stop], max_new_tokens=20, chunk=chunk
-        )
+            jnp.asarray(table), config, tokenizer, ["a", "c"], model=Table(), stop=[stop], max_new_tokens=20,
+            chunk=chunk,
+        )  # fmt: skip
         pieces = [delta.text for delta in flow if delta.row == 0]
         if answer is None:
             assert flow.text[0].startswith("bc→déf🙂ghi") and flow.finish[0] == "length"

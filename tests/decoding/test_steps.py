@@ -25,7 +25,7 @@ def last(logits, num):
 def test_prefill_is_the_last_valid_row_of_forward():
     whole, _ = jaxinfer.forward(PARAMS, CONFIG, IDS, new(), num=NUM)
     score, cache = jaxinfer.prefill(PARAMS, CONFIG, IDS, new(), num=NUM)
-    np.testing.assert_allclose(score, last(whole, NUM), atol=1e-5)
+    np.testing.assert_allclose(score, last(whole, NUM), atol=1e-4)
     np.testing.assert_array_equal(cache.length, NUM)
 
 
@@ -55,7 +55,7 @@ def test_row_alone_equals_row_in_batch():
     for row in range(3):
         one = slice(row, row + 1)
         score, _ = jaxinfer.forward(PARAMS, CONFIG, IDS[one, : NUM[row]], new(rows=1), num=NUM[one])
-        np.testing.assert_allclose(score[0], whole[row, : NUM[row]], atol=1e-5)
+        np.testing.assert_allclose(score[0], whole[row, : NUM[row]], atol=1e-4)
 
 
 def test_pads_and_idle_rows_score_zero_and_leave_no_trace():
@@ -74,7 +74,7 @@ def test_the_id_of_a_pad_does_not_matter(pad):
         cache = jaxinfer.init_cache(CONFIG, 3, 32, kind=kind)
         score, _ = jaxinfer.prefill(PARAMS, CONFIG, padded, cache, num=NUM)
         plain, _ = jaxinfer.prefill(PARAMS, CONFIG, IDS, new(), num=NUM)
-        np.testing.assert_allclose(score, plain, atol=1e-5)
+        np.testing.assert_allclose(score, plain, atol=1e-4)
 
 
 def test_a_cache_is_spent_by_the_call_that_takes_it():

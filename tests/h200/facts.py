@@ -1,0 +1,135 @@
+"""Facts about decode programs compiled for an H200 without one, as one JSON object on the last line.
+
+    PYTHONPATH=. ~/.cache/h200-compile/bin/python tests/h200/facts.py --out benchmarks/h200/decode_compile.json
+
+Runs in the environment that setup.sh makes, with the repository on the path; compiles, and runs nothing.
+"""
+
+import h200  # isort: skip  (before jax: it sets what the compile needs)
+
+import argparse
+import json
+import pathlib
+import platform
+import time
+from typing import Any
+
+import jax
+
+from jaxinfer import program, roofline
+from jaxinfer.cache import init_cache
+from jaxinfer.config import LayerSpec, ModelConfig, RopeSpec
+from jaxinfer.decoding import Decoder, State, decode_step
+from jaxinfer.decoding.generate import run
+from jaxinfer.models import param_shapes
+from jaxinfer.sampling import Sampling
+
+SIZE = 4096  # positions of the cache
+BUFFER = 128  # new tokens that the loop can give
+SHAPES = {  # D, F, N, K, H, L, V
+    "llama-3-8b": (4096, 14336, 32, 8, 128, 32, 128256),
+    "tiny": (352, 832, 6, 3, 64, 4, 1009),  # sizes of which no activation has as many numbers as a weight
+}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Compiles the loop for 1 and 8 rows and a step for 2, and prints what they would do."""
+    config = llama(*SHAPES[args.model])
+    facts = {
+        "model": args.model,
+        "dtype": config.dtype,
+        "cache_size": SIZE,
+        "hardware": "NVIDIA H200, compiled without one",
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "command": f"python tests/h200/facts.py --model {args.model}" + " --keep-cache" * args.keep_cache,
+        "params": roofline.params_count(config),
+        "programs": [
+            describe("generate", config, 1, args.keep_cache),
+            describe("generate", config, 8, args.keep_cache),
+            describe("decode_step", config, 2, args.keep_cache),
+        ],
+    }
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts))
+
+
+def llama(D: int, F: int, N: int, K: int, H: int, L: int, V: int) -> ModelConfig:
+    """The shape of a llama."""
+    rope = RopeSpec(frequency=tuple(500000.0 ** (-2 * i / H) for i in range(H // 2)))
+    layer = LayerSpec(num_heads=N, num_kv_heads=K, head_width=H, scale=H**-0.5, rope=rope, ffn_width=F)
+    return ModelConfig(vocab_size=V, width=D, layers=(layer,) * L, dtype="bfloat16", stop_ids=(2,))
+
+
+def describe(kind: str, config: ModelConfig, rows: int, keep_cache: bool) -> dict[str, Any]:
+    """What one program would do."""
+    began = time.perf_counter()
+    compiled = build(kind, config, rows, keep_cache)
+    seconds = time.perf_counter() - began
+    half = config.replace(layers=config.layers[: len(config.layers) // 2])
+    fewer = build(kind, half, rows, keep_cache)
+    cache_bytes = roofline.cache_bytes(config, rows, SIZE)
+    memory = program.temporaries(compiled)
+    weights = jax.tree.leaves(param_shapes(config))
+    cache = jax.tree.leaves(jax.eval_shape(lambda: init_cache(config, rows, SIZE, dtype=config.dtype)).layers)
+    matrices = {leaf.shape for leaf in weights if len(leaf.shape) > 1} | {leaf.shape for leaf in cache}
+    moved, limit = per_step(compiled), roofline.decode_bytes(config, rows, SIZE)
+    return {
+        "program": kind,
+        "rows": rows,
+        "compile_seconds": round(seconds, 1),
+        "weight_bytes": roofline.weight_bytes(config),
+        "cache_bytes": cache_bytes,
+        "memory": memory,
+        "copies_of_weights_or_cache": [str(copy) for copy in program.copies(compiled, matrices)],
+        "largest_copy": max((copy.bytes for copy in program.copies(compiled)), default=0),
+        "writes_of_weights_or_cache": [str(write) for write in program.writes(compiled, matrices)],
+        "loops": [{"trip_count": loop.trip_count, "state_bytes": loop.bytes} for loop in program.while_loops(compiled)],
+        "kernels_per_step": sum(launched(compiled).values()),
+        "kernels_by_opcode": launched(compiled),
+        "kernels_per_layer": (sum(launched(compiled).values()) - sum(launched(fewer).values())) / len(half.layers),
+        "bytes_moved_per_step": moved,
+        "bytes_that_must_move_per_step": limit,
+        "bytes_moved_over_limit": round(moved / limit, 4),
+    }
+
+
+def build(kind: str, config: ModelConfig, rows: int, keep_cache: bool) -> jax.stages.Compiled:
+    """Compiles the loop, or one step, for rows whose caches hold SIZE tokens; keep_cache: as if it were not donated."""
+    params = param_shapes(config)
+    cache = jax.eval_shape(lambda: init_cache(config, rows, SIZE, dtype=config.dtype))
+    ids = jax.ShapeDtypeStruct((rows,), "int32")
+    if kind == "decode_step":
+        step = jax.jit(decode_step.__wrapped__, static_argnames="config") if keep_cache else decode_step
+        return h200.compile_for_h200(step, params, config, ids, cache)
+    loop = jax.jit(run.__wrapped__, static_argnames=("model", "process", "buffer")) if keep_cache else run
+    state = jax.eval_shape(State.init, cache)
+    sampling = jax.eval_shape(lambda: Sampling().rows(rows, config.vocab_size, config.stop_ids))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    static = {"model": Decoder(config), "process": None, "buffer": BUFFER}
+    return h200.compile_for_h200(loop, params, state, None, None, sampling, ids, key, **static)
+
+
+def per_step(compiled: jax.stages.Compiled) -> int:
+    """Bytes moved by one step: by a trip of the loop, where the program is one; rare branches not taken."""
+    return program.bytes_moved(compiled, decode_loop(compiled), cheapest=True)
+
+
+def launched(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Kernels of one step; rare branches not taken."""
+    return program.kernels(compiled, decode_loop(compiled), cheapest=True)
+
+
+def decode_loop(compiled: jax.stages.Compiled) -> program.Loop | None:
+    """The loop that stops when every row is done, if the program has one."""
+    return next((loop for loop in program.while_loops(compiled) if loop.trip_count is None), None)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(SHAPES), default="llama-3-8b")
+    parser.add_argument("--out", type=pathlib.Path, help="write the facts to this file too")
+    parser.add_argument("--keep-cache", action="store_true", help="plant a mistake: the cache is not donated")
+    main(parser.parse_args())
