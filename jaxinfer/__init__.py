@@ -48,7 +48,7 @@ ROOM = {  # public name -> the room where it lives
     "Tokenizer": "text",
 }
 
-__all__ = [*ROOM, "__version__"]
+__all__ = [*ROOM, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,8 +26,8 @@ def load(name: str | os.PathLike[str], dtype=None) -> tuple[dict[str, Any], Mode
     dtype: what the weights are converted to, tensor by tensor; by default the dtype that they are stored in. Host
     memory stays under the loaded arrays plus two of the largest tensors.
 
-    Raises FileNotFoundError or ValueError, in one line, for a file that is missing or damaged, a tensor that is missing,
-    surplus or of a wrong shape, and a config that is not fully understood.
+    Raises FileNotFoundError or ValueError, in one line, for a file that is missing or damaged, a tensor that is
+    missing, surplus or of a wrong shape, and a config that is not fully understood.
     """
     directory = hub.locate(os.fspath(name))
     raw = read_json(directory / "config.json")
