@@ -36,7 +36,7 @@ def init_cache(
     needed, free = cache_bytes(config, rows, size, kind, **options), kernels.free_memory()
     if free is not None and needed > free and not isinstance(jnp.zeros(()), Tracer):
         raise ValueError(
-            f"a cache of {rows} x {size} tokens needs {needed / 1e9:.2f} GB of memory but {free / 1e9:.2f} are free: "
+            f"a cache of {rows} x {size} tokens needs {needed / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free: "
             "ask for fewer rows, a smaller size or a smaller dtype"
         )
     return empty_cache(config, rows, size, kind, **options)

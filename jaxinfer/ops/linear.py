@@ -38,4 +38,6 @@ def dot(x: jax.Array, y: jax.Array, equation: str) -> jax.Array:
 
 def embed(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows of `table` [V, D] for ids [...]: [..., D]. An id outside the table gives NaN, never another id's row."""
+    # Held back: XLA:CPU before 0.11.2 would convert a whole bfloat16 table to float32 ahead of a loop.
+    table, ids = jax.lax.optimization_barrier((table, ids))
     return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

@@ -86,7 +86,7 @@ def test_bytes_are_known_before_anything_is_allocated():
 
 
 def test_a_cache_that_does_not_fit_in_memory_is_refused_before_it_is_allocated():
-    with pytest.raises(ValueError, match=r"needs .* of memory .* free"):
+    with pytest.raises(ValueError, match=r"needs .* of memory, .* free"):
         init_cache(CONFIG, 1 << 20, 1 << 20)
 
 
