@@ -88,6 +88,8 @@ class LayerSpec(Frozen):
     norm: NormSpec = NormSpec()
     pre_norm: bool = True  # on each block's input
     post_norm: bool = False  # on each block's output, before it is added
+    # on a mesh
+    normed_heads: tuple[int, int] | None = None  # N and K before padding: what a norm over a projection divides by
 
     __hash__ = Frozen.__hash__
 
@@ -108,9 +110,16 @@ class ModelConfig(Frozen):
     max_length: int = 0  # positions the model was made for; 0: unknown
     bos_id: int | None = None
     stop_ids: tuple[int, ...] = ()  # ids that end a text, from generation_config.json or config.json
+    vocab_rows: int = 0  # rows of the embedding where it is padded for a mesh; 0: V
+    canonical: ModelConfig | None = None  # of params arranged for a mesh: the config that they had before
 
     __hash__ = Frozen.__hash__
 
     def __post_init__(self):
         one: dict[LayerSpec, LayerSpec] = {}
         object.__setattr__(self, "layers", tuple(one.setdefault(layer, layer) for layer in self.layers))
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding, and columns of the logits inside a program: V with the padding of a mesh."""
+        return self.vocab_rows or self.vocab_size

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxinfer import mesh
 from jaxinfer.config import LayerSpec
 
 PAST = 1 << 30  # the position of a pad: past any size, so that its write drops by itself (-1 would wrap)
@@ -35,6 +36,11 @@ class Step:
 class LayerCache(abc.ABC):
     """One layer's memory. A kind is a frozen struct whose arrays have the rows first."""
 
+    @staticmethod
+    @abc.abstractmethod
+    def letters() -> LayerCache:
+        """The letters of the arrays, congruent with them."""
+
     @abc.abstractmethod
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, spec: LayerSpec, step: Step
@@ -50,11 +56,16 @@ class Cache(struct.PyTreeNode):
     size: int = struct.field(pytree_node=False)  # S: positions that a row can hold
     max_rewind: int = struct.field(pytree_node=False, default=0)
     max_pending: int = struct.field(pytree_node=False, default=1)
+    padding: int = struct.field(pytree_node=False, default=0)  # inactive rows at the end, which a mesh asked for
 
     @property
     def rows(self) -> int:
-        """B."""
-        return self.length.shape[0]
+        """B, without the padding."""
+        return self.length.shape[0] - self.padding
+
+    def letters(self) -> Cache:
+        """The letters of the arrays, congruent with them."""
+        return self.replace(layers=tuple(layer.letters() for layer in self.layers), length="B")
 
     @property
     def overflow(self) -> jax.Array:
@@ -81,7 +92,7 @@ class Cache(struct.PyTreeNode):
 
     def advance(self, num: jax.Array) -> Cache:
         """Commits the first `num` [B] pending tokens of each row and drops the rest."""
-        return self.replace(length=self.length + num)
+        return self.replace(length=mesh.constrain(self.length + num, "B"))
 
     def rewind(self, length: jax.Array) -> Cache:
         """Takes back committed tokens, down to `length` [B]; at most `max_rewind` of them. Never moves forward."""
@@ -89,8 +100,13 @@ class Cache(struct.PyTreeNode):
 
     def take(self, rows: jax.Array) -> Cache:
         """The cache of some rows [M], in that order."""
-        return jax.tree.map(lambda a: a[rows], self)
+        more = mesh.round_up(len(rows), "B") - len(rows)
+        rows = jnp.concatenate([jnp.asarray(rows), jnp.zeros(more, jnp.int32)]) if more else rows
+        return jax.tree.map(lambda a: a[rows], self).replace(padding=more)
 
     def put(self, rows: jax.Array, other: Cache) -> Cache:
         """Rows [M] replaced by those of `other`, a cache of M rows of the same size and kind."""
-        return jax.tree.map(lambda a, b: a.at[rows].set(b), self, other)
+        count = other.rows
+        return jax.tree.map(
+            lambda a, b: a.at[rows].set(b[:count]), self.replace(padding=0), other.replace(padding=0)
+        ).replace(padding=self.padding)

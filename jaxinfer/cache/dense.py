@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxinfer import ops
+from jaxinfer import mesh, ops
 from jaxinfer.cache.base import LayerCache, Step
 from jaxinfer.config import LayerSpec
 
@@ -44,10 +44,11 @@ def write(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
 
     A vmapped scatter is the form that stays in place when donated and local when B, K or S are sharded.
     """
-    new = new.transpose(0, 2, 1, 3).astype(cache.dtype)
+    new = mesh.constrain(new.transpose(0, 2, 1, 3).astype(cache.dtype), "BK_H")
     if (
         position.size == 1
     ):  # written as two, one of them dropped: XLA:CPU makes a slice of a lone one, and copies for it
         new = jnp.concatenate([new, new], 2)
         position = jnp.concatenate([position, jnp.full_like(position, cache.shape[2])], 1)
-    return jax.vmap(lambda c, n, p: c.at[:, p].set(n, mode="drop"))(cache, new, position)
+    written = jax.vmap(lambda c, n, p: c.at[:, p].set(n, mode="drop"))(cache, new, position)
+    return mesh.constrain(written, "BKSH")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxinfer import kernels
+from jaxinfer import kernels, mesh
 from jaxinfer.cache.base import Cache
 from jaxinfer.cache.dense import Dense
 from jaxinfer.cache.none import Nothing
@@ -26,6 +26,8 @@ def init_cache(
     max_pending: int = 1,
 ) -> Cache:
     """An empty cache of `rows` rows (B) that hold up to `size` tokens (S) each.
+
+    On a mesh it lies as its letters say, with inactive rows added until the devices of `data` divide B.
 
     kind: "dense" (every key and value, preallocated) or "none" (keeps nothing: training, scoring).
     dtype: of keys and values; by default that of the model, float32 where a platform writes bfloat16 slowly.
@@ -63,5 +65,13 @@ def empty_cache(
             f"ask for a size of at most {config.num_positions}"
         )
     dtype = jnp.dtype(dtype) if dtype is not None else kernels.cache_dtype(config.dtype)
-    layers = tuple(KINDS[kind].init(spec, rows, size, dtype) for spec in config.layers)
-    return Cache(layers, jnp.zeros(rows, jnp.int32), size=size, max_rewind=max_rewind, max_pending=max_pending)
+    all_rows, slots = mesh.round_up(rows, "B"), mesh.round_up(size, "S")
+    cache = Cache(
+        tuple(KINDS[kind].init(spec, all_rows, slots, dtype) for spec in config.layers),
+        jnp.zeros(all_rows, jnp.int32),
+        size=size,
+        max_rewind=max_rewind,
+        max_pending=max_pending,
+        padding=all_rows - rows,
+    )
+    return mesh.constrain_tree(cache, cache.letters())

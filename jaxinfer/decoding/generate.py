@@ -12,11 +12,12 @@ import numpy as np
 from flax import struct
 from jax.core import Tracer
 
+from jaxinfer import mesh
 from jaxinfer import sampling as draws
 from jaxinfer.cache import Cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.decoding.model import Adapted, Decoder, Model, adapt
-from jaxinfer.decoding.state import LENGTH, RUNNING, STOP, State, bucket, pad, read
+from jaxinfer.decoding.state import LENGTH, RUNNING, STOP, State, bucket, idle, pad, read
 from jaxinfer.sampling import Sampling
 
 Process = Callable[[jax.Array, State], jax.Array]
@@ -33,7 +34,15 @@ class Result(struct.PyTreeNode):
     @property
     def finish(self) -> jax.Array:
         """[B] int32: 0 running, 1 stop, 2 length."""
-        return self.state.finish
+        return self.state.finish[: self.num.shape[0]]
+
+    def placed(self) -> Result:
+        """Itself, rows over the devices of a mesh."""
+        words = {"ids": "B_", "num": "B", "logprobs": "B_"}
+        return self.replace(
+            state=self.state.placed(),
+            **{name: mesh.constrain(getattr(self, name), word) for name, word in words.items()},
+        )
 
     @property
     def cache(self) -> Cache:
@@ -90,7 +99,14 @@ def generate(
         )
     sampling = (sampling or Sampling(temperature=0.0)).rows(rows, config.vocab_size, config.stop_ids)
     key = jax.random.key(0) if key is None else key
-    return run(params, state, ids, num, sampling, budget, key, model=runner, process=process, buffer=buffer)
+    sampling = jax.tree.map(lambda x: idle(state.cache, x)[0], sampling)
+    ids, num, budget = idle(state.cache, ids, num, budget)
+    result = run(params, state, ids, num, sampling, budget, key, model=runner, process=process, buffer=buffer)
+    return (
+        result
+        if len(budget) == rows
+        else jax.tree.map(lambda x: x[:rows], result.replace(state=None)).replace(state=result.state)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "process", "buffer"), donate_argnames=("state",))
@@ -117,7 +133,7 @@ def run(
         num=jnp.zeros(rows, jnp.int32),
         logprobs=jnp.zeros((rows, buffer), jnp.float32),
         state=state.resume(),
-    )
+    ).placed()
 
     def active(result: Result) -> jax.Array:
         return (result.finish == RUNNING) & (result.num < budget)
@@ -127,23 +143,25 @@ def run(
         step = state.cache.step(now.astype(jnp.int32), 1)
         scores, cache = model.last(params, state.newest[:, None], state.cache, step)
         state = state.replace(cache=cache.advance(step.num))
-        token = draw(scores, state, sampling, key, process)
-        return emit(result.replace(state=state), token, scores, sampling, budget, now)
+        token, logprob = draw(scores, state, sampling, key, process)
+        return emit(result.replace(state=state), token, logprob, sampling, budget, now)
 
-    return jax.lax.while_loop(lambda result: active(result).any(), body, start)
+    return jax.lax.while_loop(lambda result: active(result).any(), body, start).placed()
 
 
-def draw(scores: jax.Array, state: State, sampling: Sampling, key: jax.Array, process: Process | None) -> jax.Array:
-    """The next id [B] of each row: processors, then a draw keyed by the row's seed and the token's position."""
+def draw(
+    scores: jax.Array, state: State, sampling: Sampling, key: jax.Array, process: Process | None
+) -> tuple[jax.Array, jax.Array]:
+    """The next id [B] of each row and its logprob: processors, then a draw keyed by the row's seed and the position."""
     processed = scores if process is None else process(scores, state)
     processed = draws.process(processed, sampling, state.tokens, state.length, state.prompt)
-    return draws.sample(processed, sampling, key, state.length)
+    return draws.choose(processed, scores, sampling, key, state.length)
 
 
 def emit(
-    result: Result, token: jax.Array, scores: jax.Array, sampling: Sampling, budget: jax.Array, now: jax.Array
+    result: Result, token: jax.Array, logprob: jax.Array, sampling: Sampling, budget: jax.Array, now: jax.Array
 ) -> Result:
-    """Writes the ids [B] of the rows that are `now` at work, and finishes those that are done."""
+    """Writes the ids and logprobs [B] of the rows that are `now` at work, and finishes those that are done."""
     one, at = now.astype(jnp.int32), jnp.where(now, result.num, result.ids.shape[1])[:, None]
     put = jax.vmap(lambda row, p, new: row.at[p].set(new, mode="drop"))
     state, num = result.state.append(token[:, None], one), result.num + one
@@ -153,7 +171,7 @@ def emit(
     return Result(
         ids=put(result.ids, at, token[:, None]),
         num=num,
-        logprobs=put(result.logprobs, at, draws.logprobs(scores, token)[:, None]),
+        logprobs=put(result.logprobs, at, logprob[:, None]),
         state=state.replace(finish=jnp.where(now, finish, state.finish)),
     )
 
@@ -195,10 +213,11 @@ def concrete(*values: Any) -> bool:
 def check(config: ModelConfig, ids: Any, num: Any, budget: Any, held: Cache | None, state: State | None) -> None:
     """Refuses, before anything is dispatched, what could not be answered rightly."""
     num, budget = np.zeros_like(budget) if num is None else np.asarray(num), np.asarray(budget)
+    held = state.cache if state is not None else held
     known = state.length if state is not None else held.length if held is not None else np.zeros_like(num)
     if not concrete(known):
         return
-    known = np.asarray(known)
+    known = mesh.fetch(known)[: len(known) - held.padding if held is not None else None]
     if len(num) != len(known):
         raise ValueError(f"ids have {len(num)} rows but the cache has {len(known)}: give every row a prompt or num 0")
     if budget.min() < 0:

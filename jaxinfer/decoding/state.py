@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from jaxinfer import mesh
 from jaxinfer.cache import Cache
 
 RUNNING, STOP, LENGTH = 0, 1, 2
@@ -27,9 +28,20 @@ class State(struct.PyTreeNode):
     @classmethod
     def init(cls, cache: Cache) -> State:
         """The state of a cache whose tokens, if it holds any, are not known."""
-        tokens = jnp.full((cache.rows, cache.size), -1, jnp.int32)
+        rows = cache.length.shape[0]
+        tokens = jnp.full((rows, cache.size), -1, jnp.int32)
         # distinct buffers: a donated state must not hold one array twice
-        return cls(cache, tokens, cache.length + 0, cache.length + 0, jnp.zeros(cache.rows, jnp.int32))
+        return cls(cache, tokens, cache.length + 0, cache.length + 0, jnp.zeros(rows, jnp.int32)).placed()
+
+    def letters(self) -> State:
+        """The letters of the arrays, congruent with them. Every device has the tokens of its rows, all of them."""
+        return State(self.cache.letters(), "B_", "B", "B", "B")  # type: ignore[arg-type]
+
+    def placed(self) -> State:
+        """Itself, lying as its letters say on a mesh."""
+        tokens, *rest = (getattr(self, name) for name in ("tokens", "length", "prompt", "finish"))
+        length, prompt, finish = (mesh.constrain(x, "B") for x in rest)
+        return self.replace(tokens=mesh.constrain(tokens, "B_"), length=length, prompt=prompt, finish=finish)
 
     @property
     def newest(self) -> jax.Array:
@@ -84,6 +96,15 @@ def bucket(n: int, least: int = 16) -> int:
             return rung * 3 // 2
         rung *= 2
     return rung
+
+
+def idle(cache: Cache, *values: Any) -> list[Any]:
+    """Arrays of one entry a row, with zeros for the inactive rows that a mesh added to the cache. None stays."""
+
+    def fill(x: Any) -> Any:
+        return (np if isinstance(x, np.ndarray) else jnp).pad(x, ((0, cache.padding), *[(0, 0)] * (x.ndim - 1)))
+
+    return [fill(x) if cache.padding and x is not None else x for x in values]
 
 
 def pad(rows: Any, least: int = 16) -> tuple[np.ndarray, np.ndarray]:

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinfer import mesh
 from jaxinfer.config import ModelConfig
 from jaxinfer.decoding.generate import Process, check, per_row, run
 from jaxinfer.decoding.model import Adapted, Decoder, Model, adapt
-from jaxinfer.decoding.state import FINISH, LENGTH, STOP, State, bucket, read
+from jaxinfer.decoding.state import FINISH, LENGTH, STOP, State, bucket, idle, read
 from jaxinfer.sampling import Sampling
 from jaxinfer.text import Detokenizer, Tokenizer
 
@@ -69,7 +70,7 @@ class Stream:
     def state(self) -> State:
         """To go on with: the rows as far as they were given, without what was made behind a stop string."""
         if (self._ends < NEVER).any():
-            self._state = cut(self._state, self._ends)
+            self._state = cut(self._state, *idle(self._state.cache, self._ends))
             self._ends = np.full_like(self._ends, NEVER)
         return self._state
 
@@ -89,7 +90,8 @@ class Stream:
             asked = np.minimum(self._budget, width).astype(np.int32)
             result = self._program.run(self._state, asked)
             self._state = result.state
-            new, num, logprobs, finish = jax.device_get((result.ids, result.num, result.logprobs, result.finish))
+            told = (result.ids, result.num, result.logprobs, result.state.finish)
+            new, num, logprobs, finish = mesh.fetch(told)
             seconds, steps = time.perf_counter() - begin, int(num.max())
             self.decode_seconds += seconds
             self.first_seconds = self.first_seconds or seconds
@@ -135,20 +137,21 @@ class Program:
 
     def compile(self, state: State, budget: np.ndarray) -> list[Any]:
         """Both programs, lowered and compiled; later calls find them."""
-        readers = [read_chunk.lower(self.params, state, *chunk, model=self.model) for chunk in self.prompts[:1]]
+        chunks = [idle(state.cache, *chunk) for chunk in self.prompts[:1]]
+        readers = [read_chunk.lower(self.params, state, *chunk, model=self.model) for chunk in chunks]
         runner = run.lower(*self._arguments(state, budget), **self._static)
         return [lowered.compile() for lowered in (*readers, runner)]
 
     def read(self, state: State, ids: np.ndarray, num: np.ndarray) -> State:
         """One chunk of the prompts."""
-        return read_chunk(self.params, state, ids, num, model=self.model)
+        return read_chunk(self.params, state, *idle(state.cache, ids, num), model=self.model)
 
     def run(self, state: State, budget: np.ndarray) -> Any:
         """A few tokens of every row."""
         return run(*self._arguments(state, budget), **self._static)
 
     def _arguments(self, state: State, budget: np.ndarray) -> tuple[Any, ...]:
-        return self.params, state, None, None, self.sampling, budget, self.key
+        return self.params, state, None, None, self.sampling, *idle(state.cache, budget), self.key
 
     @property
     def _static(self) -> dict[str, Any]:
@@ -219,13 +222,13 @@ def stream(
     program = Program(
         params=params,
         model=runner,
-        sampling=jax.device_put(laid_out),
+        sampling=jax.device_put(jax.tree.map(lambda x: idle(begun.cache, x)[0], laid_out)),
         key=first_key() if key is None else key,
         process=process,
         buffer=chunk,
         pace=pace,
         prompts=list(chunks(whole, num, prefill_chunk)),
-        lengths=np.asarray(begun.length) + num,
+        lengths=mesh.fetch(begun.length)[: len(num)] + num,
     )
     return Stream(program, begun, detokenizers, budget)
 
@@ -239,8 +242,8 @@ def before(rows: list[list[int]], state: State | None) -> list[list[int]]:
     """The ids that each row's text goes on from: its prompt, or what the state holds of a row that got none."""
     if all(rows) or state is None:
         return rows
-    tokens, length = np.asarray(state.tokens), np.asarray(state.length)
-    return [row or [i for i in held[:n].tolist() if i >= 0] for row, held, n in zip(rows, tokens, length, strict=True)]
+    tokens, length = mesh.fetch((state.tokens, state.length))
+    return [row or [i for i in held[:n].tolist() if i >= 0] for row, held, n in zip(rows, tokens, length, strict=False)]
 
 
 def chunks(ids: np.ndarray, num: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,7 +1,20 @@
 """THE forward, the registry of families, and one recipe file per family."""
 
+from jaxinfer.models.arrange import arrange, arrange_config, canonical
 from jaxinfer.models.decoder import decoder, logits
-from jaxinfer.models.params import init_params, letters, param_shapes
+from jaxinfer.models.init import init_params
+from jaxinfer.models.params import letters, param_shapes
 from jaxinfer.models.registry import config_from_hf, family
 
-__all__ = ["config_from_hf", "decoder", "family", "init_params", "letters", "logits", "param_shapes"]
+__all__ = [
+    "arrange",
+    "arrange_config",
+    "canonical",
+    "config_from_hf",
+    "decoder",
+    "family",
+    "init_params",
+    "letters",
+    "logits",
+    "param_shapes",
+]

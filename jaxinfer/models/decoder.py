@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfer import ops
+from jaxinfer import mesh, ops
 from jaxinfer.cache import Cache, Step
 from jaxinfer.config import LayerSpec, ModelConfig, RopeSpec
 
@@ -54,7 +54,7 @@ def embed(params: Params, config: ModelConfig, ids: jax.Array, step: Step) -> ja
     if config.num_positions:
         position = jnp.where(step.valid, step.position, 0)
         x = x + ops.embed(params["positions"], position).astype(x.dtype)
-    return x
+    return mesh.constrain(x, "BTD")
 
 
 def angles(config: ModelConfig, cache: Cache, step: Step) -> Angles:
@@ -83,8 +83,9 @@ def attention(
     k = ops.linear(x, p["k"], "BTD,KHD->BTKH", p.get("k_bias"))
     v = ops.linear(x, p["v"], "BTD,KHD->BTKH", p.get("v_bias"))
     if spec.qk_norm != "none":
-        axes = 1 if spec.qk_norm == "head" else 2
-        q, k = ops.norm(q, p["q_norm"], spec.norm, axes), ops.norm(k, p["k_norm"], spec.norm, axes)
+        axes, (heads, kv_heads) = 1 if spec.qk_norm == "head" else 2, spec.normed_heads or (q.shape[2], k.shape[2])
+        q = ops.norm(q, p["q_norm"], spec.norm, axes, heads / q.shape[2] if axes == 2 else 1.0)
+        k = ops.norm(k, p["k_norm"], spec.norm, axes, kv_heads / k.shape[2] if axes == 2 else 1.0)
     if turn:
         q, k = ops.rotate(q, *turn), ops.rotate(k, *turn)
     out, cache = cache.attend(index, q, k, v, spec, step)
@@ -92,8 +93,14 @@ def attention(
 
 
 def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """Scores of the next token [B, T, V] float32 from the last layer's hidden [B, T, D]."""
+    """Scores of the next token [B, T, V] float32 from the last layer's hidden [B, T, D].
+
+    V counts the rows of the embedding: ids with which a mesh has padded it score -inf.
+    """
     x = ops.norm(hidden, params["norm"], config.norm)
     w = params["embed"] if config.tied else params["head"]
     score = ops.linear(x, w, "BTD,VD->BTV", dtype=jnp.float32)
-    return score if config.softcap is None else config.softcap * jnp.tanh(score / config.softcap)
+    score = score if config.softcap is None else config.softcap * jnp.tanh(score / config.softcap)
+    if config.padded_vocab == config.vocab_size:
+        return score
+    return jnp.where(jnp.arange(config.padded_vocab) < config.vocab_size, score, -jnp.inf)

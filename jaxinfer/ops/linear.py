@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxinfer import mesh
+
 
 def linear(x: jax.Array, w: jax.Array, equation: str, bias: jax.Array | None = None, dtype=None) -> jax.Array:
     """The product that `equation` names ("BTD,NHD->BTNH"), summed in float32, in `dtype` (that of x unless given).
@@ -21,6 +23,7 @@ def linear(x: jax.Array, w: jax.Array, equation: str, bias: jax.Array | None = N
     rows = x.reshape(-1, matrix.shape[1])
     y = dot(jnp.concatenate([rows, rows]) if len(rows) == 1 else rows, matrix, "MI,OI->MO")
     y = y[: len(rows)].astype(dtype or x.dtype).reshape(*x.shape[: x.ndim - inner], *w.shape[:outer])
+    y = mesh.constrain(y, equation.split("->")[1])
     return y if bias is None else y + bias.astype(y.dtype)
 
 

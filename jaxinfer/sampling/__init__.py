@@ -11,7 +11,19 @@ controls repeated (`jax.tree.map(lambda x: jnp.repeat(x, J, 0), sampling)`). Fla
 """
 
 from jaxinfer.sampling.controls import Bias, Sampling
-from jaxinfer.sampling.draws import ACCEPT, DRAFT, RESIDUAL, TOKEN, logprobs, noise, sample
+from jaxinfer.sampling.draws import ACCEPT, DRAFT, RESIDUAL, TOKEN, choose, logprobs, noise, sample
 from jaxinfer.sampling.processors import process
 
-__all__ = ["ACCEPT", "DRAFT", "RESIDUAL", "TOKEN", "Bias", "Sampling", "logprobs", "noise", "process", "sample"]
+__all__ = [
+    "ACCEPT",
+    "DRAFT",
+    "RESIDUAL",
+    "TOKEN",
+    "Bias",
+    "Sampling",
+    "choose",
+    "logprobs",
+    "noise",
+    "process",
+    "sample",
+]

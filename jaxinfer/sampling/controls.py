@@ -87,6 +87,11 @@ class Sampling:
             stop_ids=_packed([list(dict.fromkeys([*row, *more])) for row in stops], -1, np.int32),
         )
 
+    @staticmethod
+    def letters() -> Sampling:
+        """The letters of the arrays that `rows` gives, congruent with them."""
+        return Sampling(**dict.fromkeys(_LIMITS, "B"), logit_bias=Bias("B_", "B_"), stop_ids="B_")
+
     @property
     def laid_out(self) -> bool:
         """Whether this is what `rows` returns."""

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinfer import mesh
+
 CANDIDATES = 128
 LIMB_BITS, LIMBS = 13, 3  # 39 bits: rounding loses less than 2**-20 of the best id's mass over any vocabulary that fits
 MAX_VOCAB = 2 ** (32 - LIMB_BITS) - 1  # so that the sum of a limb fits 32 bits
@@ -29,15 +31,17 @@ def threshold(z: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
     the best logit + log(min_p). The result [B] float32 is the highest of these, so that a row keeps its best logit, and
     all that tie with the lowest it keeps. It is -inf where nothing is filtered, and undefined where a row holds NaN.
     """
-    V = z.shape[-1]
+    V = z.shape[-1] * mesh.parts("V")
     if V > MAX_VOCAB:
         raise ValueError(f"the vocabulary has {V} ids but top-p can sum {MAX_VOCAB}: lower LIMB_BITS in {__name__}")
     top_k = jnp.where(top_k < V, top_k, 0)
-    top = jnp.max(z, axis=-1)
+    top = mesh.largest(jnp.max(z, axis=-1), "V")
     nothing = jnp.full_like(top, -jnp.inf)
 
     def from_best() -> jax.Array:
         candidates = best(z)
+        if mesh.parts("V") > 1:  # the best of the parts' best are the best
+            candidates = lax.top_k(mesh.gather(candidates, "V"), min(CANDIDATES, V))[0]
         edge = lax.cond(jnp.any(top_k > 0), lambda: _kth(z, candidates, top_k), lambda: nothing)
         return lax.cond(jnp.any(top_p < 1), lambda: _nucleus(z, candidates, top, edge, top_p), lambda: edge)
 
@@ -71,7 +75,7 @@ def _kth(z: jax.Array, candidates: jax.Array, k: jax.Array) -> jax.Array:
 
     def deeper() -> jax.Array:
         def enough(t: jax.Array) -> jax.Array:
-            return jnp.sum(z >= t[:, None], axis=-1, dtype=jnp.int32) >= k
+            return mesh.total(jnp.sum(z >= t[:, None], axis=-1, dtype=jnp.int32), "V") >= k
 
         return _search(enough, jnp.where(k > C, -jnp.inf, edge), edge)
 
@@ -85,7 +89,7 @@ def _nucleus(z: jax.Array, candidates: jax.Array, top: jax.Array, edge: jax.Arra
         weight = jnp.where(x == top[:, None], 1.0, jnp.exp(x - top[:, None]))  # not inf - inf in a row of -inf
         return _limbs(jnp.where(x >= edge[:, None], weight, 0.0))
 
-    target = p * _mass([jnp.sum(limb, axis=-1, dtype=jnp.int32) for limb in weigh(z)])
+    target = p * _mass(_sums(weigh(z)))
     so_far = jnp.cumsum(jnp.stack(weigh(candidates)), axis=-1, dtype=jnp.int32)
     reached = _mass(list(so_far)) >= target[:, None]
     found = jnp.take_along_axis(candidates, jnp.argmax(reached, axis=-1)[:, None], axis=-1)[:, 0]
@@ -97,7 +101,7 @@ def _nucleus(z: jax.Array, candidates: jax.Array, top: jax.Array, edge: jax.Arra
 
         def enough(t: jax.Array) -> jax.Array:
             kept = z >= t[:, None]
-            return _mass([jnp.sum(jnp.where(kept, limb, 0), axis=-1, dtype=jnp.int32) for limb in limbs]) >= target
+            return _mass(_sums([jnp.where(kept, limb, 0) for limb in limbs])) >= target
 
         return _search(enough, jnp.where(missing, edge, found), found)
 
@@ -117,6 +121,12 @@ def _limbs(weights: jax.Array) -> list[jax.Array]:
         limbs.append(whole.astype(jnp.int32))  # CPUs have no vector conversion to uint32; the sums wrap alike
         weights = weights - whole  # exact, as the product is
     return limbs
+
+
+def _sums(limbs: list[jax.Array]) -> list[jax.Array]:
+    """Each limb's sum over the whole vocabulary, in one collective."""
+    sums = [jnp.sum(limb, axis=-1, dtype=jnp.int32) for limb in limbs]
+    return list(mesh.total(jnp.stack(sums), "V")) if mesh.parts("V") > 1 else sums
 
 
 def _mass(limbs: list[jax.Array]) -> jax.Array:

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinfer import mesh
 from jaxinfer.sampling.controls import GREEDY, Sampling
 from jaxinfer.sampling.filters import threshold
+from jaxinfer.sampling.split import split
 
 
 def process(
@@ -36,6 +38,15 @@ def process(
     B, V = logits.shape
     if not sampling.laid_out:
         sampling = sampling.rows(B, V)
+    words = ("BV", Sampling.letters(), "B_", "B", "B")
+    return split(_process, words, "BV", logits, sampling, tokens, length, prompt)
+
+
+def _process(
+    logits: jax.Array, sampling: Sampling, tokens: jax.Array, length: jax.Array, prompt: jax.Array
+) -> jax.Array:
+    """`process` of a device's part of the logits."""
+    B = logits.shape[0]
     logits = logits.astype(jnp.float32)
     biased = jnp.any(sampling.logit_bias.ids >= 0)
     penalized = jnp.any(
@@ -92,4 +103,6 @@ def _forbid(logits: jax.Array, stop_ids: jax.Array, early: jax.Array) -> jax.Arr
 
 def _dropped(ids: jax.Array, wanted: jax.Array, logits: jax.Array) -> jax.Array:
     """ids, with those not wanted past the vocabulary, where a scatter drops them (-1 would be the last id)."""
-    return jnp.where(wanted, ids, logits.shape[-1])
+    V = logits.shape[-1]
+    own = ids - mesh.start("V", V)  # on a mesh: counted from the device's first id
+    return jnp.where(wanted & (own >= 0) & (own < V), own, V)
