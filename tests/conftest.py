@@ -6,9 +6,14 @@ import sys
 
 import pytest
 
+from jaxinfer.testing import emulate_devices
+
+pytest_plugins = ["jaxinfer.testing.fixtures"]
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # tiny_models.py, and the scripts' tests' helpers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the network would not be a law
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "gpu" not in sys.argv:  # `-m gpu` runs on the devices that there are
+    emulate_devices(8)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

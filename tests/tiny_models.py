@@ -200,6 +200,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {  # model_type -> variant -> what
             "reorder_and_upcast_attn": True,
             "tie_word_embeddings": False,
         },
+        "long": GPT2 | {"n_positions": 96, "n_inner": 57},
         "unscaled": GPT2 | {"scale_attn_weights": False, "n_head": 6, "n_layer": 2},
     },
 }

@@ -98,7 +98,7 @@ def bucket(n: int, least: int = 16) -> int:
     return rung
 
 
-def idle(cache: Cache, *values: Any) -> list[Any]:
+def idle(cache: Cache, *values: Any) -> Any:
     """Arrays of one entry a row, with zeros for the inactive rows that a mesh added to the cache. None stays."""
 
     def fill(x: Any) -> Any:

@@ -30,9 +30,9 @@ def forward(
     Rows are right-padded: num [B] of the T ids are valid (all of them by default). A pad's scores are zeros; a row with
     num 0 changes nothing. May be called again on the cache it returned: prefill in chunks, or turn by turn.
     """
-    rows, (ids, num) = ids.shape[0], idle(cache, ids, valid(ids, num, 2))
-    scores, cache = Decoder(config).step(params, ids, cache, cache.step(num, ids.shape[1]))
-    return scores[:rows, :, : config.vocab_size], cache.advance(num)
+    rows, (ids, count) = ids.shape[0], idle(cache, ids, valid(ids, num, 2))
+    scores, cache = Decoder(config).step(params, ids, cache, cache.step(count, ids.shape[1]))
+    return scores[:rows, :, : config.vocab_size], cache.advance(count)
 
 
 @door
@@ -40,9 +40,9 @@ def prefill(
     params: Any, config: ModelConfig, ids: jax.Array, cache: Cache, *, num: jax.Array | None = None
 ) -> tuple[jax.Array, Cache]:
     """Like `forward`, but scores only each row's last valid token: [B, V] float32."""
-    rows, (ids, num) = ids.shape[0], idle(cache, ids, valid(ids, num, 2))
-    scores, cache = Decoder(config).last(params, ids, cache, cache.step(num, ids.shape[1]))
-    return scores[:rows, : config.vocab_size], cache.advance(num)
+    rows, (ids, count) = ids.shape[0], idle(cache, ids, valid(ids, num, 2))
+    scores, cache = Decoder(config).last(params, ids, cache, cache.step(count, ids.shape[1]))
+    return scores[:rows, : config.vocab_size], cache.advance(count)
 
 
 @door
@@ -50,9 +50,9 @@ def decode_step(
     params: Any, config: ModelConfig, ids: jax.Array, cache: Cache, *, num: jax.Array | None = None
 ) -> tuple[jax.Array, Cache]:
     """Feeds one id a row, ids [B], and scores the next: [B, V] float32. num [B] is 0 for rows that stand still."""
-    rows, (ids, num) = ids.shape[0], idle(cache, ids, valid(ids, num, 1))
-    scores, cache = Decoder(config).last(params, ids[:, None], cache, cache.step(num, 1))
-    return scores[:rows, : config.vocab_size], cache.advance(num)
+    rows, (ids, count) = ids.shape[0], idle(cache, ids, valid(ids, num, 1))
+    scores, cache = Decoder(config).last(params, ids[:, None], cache, cache.step(count, 1))
+    return scores[:rows, : config.vocab_size], cache.advance(count)
 
 
 def valid(ids: jax.Array, num: jax.Array | None, rank: int) -> jax.Array:

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxinfer import mesh
 from jaxinfer.config import LayerSpec
 from jaxinfer.ops.linear import dot
 
@@ -32,17 +33,24 @@ def attend_blockwise(
     Scores of one block at a time are held, and the loop ends at the last slot that a query with position < S sees, so
     that a long prompt needs memory for [B, N, T, block] and not [B, N, T, S].
     """
+    local = functools.partial(attend_part, spec=spec, block=block)
+    return mesh.shard_map(local, ("BTNH", "BKSH", "BKSH", "BT"), "BTNH")(q, k, v, position)
+
+
+def attend_part(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, spec: LayerSpec, block: int):
+    """`attend_blockwise` of one device's rows, heads and slots; the parts of S are merged by their own softmax."""
     size = k.shape[2]
-    block = min(block, size)
+    block, begin = min(block, size), mesh.start("S", size)
     rows = queries(q, k)
-    past = jnp.max(jnp.where(position < size, position, 0)) + 1
+    ends = jnp.where(position < size * mesh.parts("S"), position + 1 - begin, 0)
+    past = jnp.clip(jnp.max(ends), 0, size)
 
     def body(index, carry):
         best, total, out = carry
         # the last block may reach back into the one before: its slots that were seen already are masked
         start = jnp.minimum(index * block, size - block)
         slot = start + jnp.arange(block)
-        seen = visible(position, slot, spec) & (slot >= index * block)
+        seen = visible(position, begin + slot, spec) & (slot >= index * block)
         take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block, axis=2)
         score = scores(rows, take(k), seen, spec)
         peak = jnp.maximum(best, score.max(-1))
@@ -53,8 +61,11 @@ def attend_blockwise(
 
     shape = rows.shape[:-1]
     start = (jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(rows.shape, jnp.float32))
-    _, total, out = jax.lax.fori_loop(0, -(-past // block), body, start)
-    return answers(out / total[..., None], q)
+    best, total, out = jax.lax.fori_loop(0, -(-past // block), body, start)
+    if mesh.parts("S") > 1:
+        fade = jnp.exp(best - mesh.largest(best, "S"))
+        total, out = mesh.total((total * fade, out * fade[..., None]), "S")
+    return answers(out / jnp.maximum(total, 1e-30)[..., None], q)
 
 
 def visible(position: jax.Array, slot: jax.Array, spec: LayerSpec) -> jax.Array:
