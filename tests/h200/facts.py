@@ -1,6 +1,7 @@
 """Facts about decode programs compiled for an H200 without one, as one JSON object on the last line.
 
     PYTHONPATH=. ~/.cache/h200-compile/bin/python tests/h200/facts.py --out benchmarks/h200/decode_compile.json
+    ... tests/h200/facts.py --model llama-3-70b --mesh tensor=8 --out benchmarks/h200/llama-3-70b_tensor8.json
 
 Runs in the environment that setup.sh makes, with the repository on the path; compiles, and runs nothing.
 """
@@ -9,6 +10,7 @@ import h200  # isort: skip  (before jax: it sets what the compile needs)
 
 import argparse
 import json
+import math
 import pathlib
 import platform
 import time
@@ -16,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxinfer import program, roofline
+from jaxinfer import mesh, models, program, roofline
 from jaxinfer.cache import init_cache
 from jaxinfer.config import LayerSpec, ModelConfig, RopeSpec
 from jaxinfer.decoding import Decoder, State, decode_step
@@ -24,10 +26,12 @@ from jaxinfer.decoding.generate import run
 from jaxinfer.models import param_shapes
 from jaxinfer.sampling import Sampling
 
+ROWS = 8  # on a mesh
 SIZE = 4096  # positions of the cache
 BUFFER = 128  # new tokens that the loop can give
 SHAPES = {  # D, F, N, K, H, L, V
     "llama-3-8b": (4096, 14336, 32, 8, 128, 32, 128256),
+    "llama-3-70b": (8192, 28672, 64, 8, 128, 80, 128256),
     "tiny": (352, 832, 6, 3, 64, 4, 1009),  # sizes of which no activation has as many numbers as a weight
 }
 
@@ -35,7 +39,19 @@ SHAPES = {  # D, F, N, K, H, L, V
 def main(args: argparse.Namespace) -> None:
     """Compiles the loop for 1 and 8 rows and a step for 2, and prints what they would do."""
     config = llama(*SHAPES[args.model])
-    facts = {
+    if args.mesh:
+        facts = on_mesh(config, args)
+    else:
+        facts = on_one(config, args)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts))
+
+
+def on_one(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """The programs of one H200."""
+    return {
         "model": args.model,
         "dtype": config.dtype,
         "cache_size": SIZE,
@@ -50,10 +66,65 @@ def main(args: argparse.Namespace) -> None:
             describe("decode_step", config, 2, args.keep_cache),
         ],
     }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts))
+
+
+def on_mesh(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """The decode loop of 8 rows on a mesh of H200s: what a device holds, and what one step sends."""
+    axes = mesh.parse_axes(args.mesh)
+    devices = h200.h200_mesh(tuple(axes.values()), tuple(axes))
+    with jax.set_mesh(devices):
+        return described(config, args, devices)
+
+
+def described(config: ModelConfig, args: argparse.Namespace, devices: Any) -> dict[str, Any]:
+    """The facts of `on_mesh`, inside it."""
+    config = models.arrange_config(config)
+
+    def lying(tree: Any, letters: Any) -> Any:
+        places = mesh.shardings(letters, devices)
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places)
+
+    def held(tree: Any) -> int:
+        sizes = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree)]
+        return sum(math.prod(shape) * size for shape, size in sizes)
+
+    letters = models.letters(config)
+    if args.mistake:
+        letters = letters | {"layers": tuple(layer | {"down": "D_"} for layer in letters["layers"])}
+    params = lying(param_shapes(config), letters)
+    state = jax.eval_shape(lambda: State.init(init_cache(config, ROWS, SIZE, dtype=config.dtype)))
+    state = lying(state, state.letters())
+    sampling = jax.eval_shape(lambda: Sampling().rows(ROWS, config.vocab_size, config.stop_ids))
+    budget, key = jax.ShapeDtypeStruct((ROWS,), "int32"), jax.eval_shape(lambda: jax.random.key(0))
+    began = time.perf_counter()
+    compiled = run.lower(
+        params, state, None, None, sampling, budget, key, model=Decoder(config), process=None, buffer=BUFFER
+    ).compile()
+    seconds = time.perf_counter() - began
+    shards = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves((params, state.cache.layers))}
+    shards = {shape for shape in shards if len(shape) > 1}
+    memory = program.temporaries(compiled)
+    return {
+        "model": args.model,
+        "dtype": config.dtype,
+        "mesh": args.mesh,
+        "rows": ROWS,
+        "cache_size": SIZE,
+        "layers": len(config.layers),
+        "hardware": "NVIDIA H200, compiled without one",
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "command": f"python tests/h200/facts.py --model {args.model} --mesh {args.mesh}" + " --mistake" * args.mistake,
+        "compile_seconds": round(seconds, 1),
+        "weight_bytes": roofline.weight_bytes(config),
+        "weight_bytes_per_device": held(params),
+        "cache_bytes_per_device": held(state.cache.layers),
+        "memory_per_device": memory,
+        "copies_of_weights_or_cache": [str(copy) for copy in program.copies(compiled, shards)],
+        "collectives_per_step": [row for row in program.collectives(compiled, cheapest=True) if row["loop"]],
+        "collectives_before_and_after": [row for row in program.collectives(compiled, True) if not row["loop"]],
+        "kernels_per_step": sum(launched(compiled).values()),
+    }
 
 
 def llama(D: int, F: int, N: int, K: int, H: int, L: int, V: int) -> ModelConfig:
@@ -132,4 +203,6 @@ if __name__ == "__main__":
     parser.add_argument("--model", choices=sorted(SHAPES), default="llama-3-8b")
     parser.add_argument("--out", type=pathlib.Path, help="write the facts to this file too")
     parser.add_argument("--keep-cache", action="store_true", help="plant a mistake: the cache is not donated")
+    parser.add_argument("--mesh", help="of H200s, such as tensor=8 or data=2,tensor=4")
+    parser.add_argument("--mistake", action="store_true", help="plant a mistake: `down` lies whole on every device")
     main(parser.parse_args())
