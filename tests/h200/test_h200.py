@@ -60,6 +60,52 @@ def test_the_committed_programs_of_llama_3_8b_keep_the_laws():
         assert program["kernels_per_layer"] <= 24
 
 
+MESHES = ("tensor=8", "data=2,tensor=4", "seq=2,tensor=4")
+H200_BYTES = 141e9
+
+
+def broken_laws_of_a_mesh(facts: dict) -> list[str]:
+    """Which promises a decode loop on a mesh does not keep: what a device holds, and what a step sends."""
+    split = dict(axis.split("=") for axis in facts["mesh"].split(","))
+    tensor, seq, data = (int(split.get(name, 1)) for name in ("tensor", "seq", "data"))
+    sent = {row["kind"]: row["count"] for row in facts["collectives_per_step"]}
+    reduces = facts["layers"] * (2 * (tensor > 1) + 3 * (seq > 1)) + 1 + (data > 1)  # and the embedding, and who runs
+    gathered = max((row["bytes"] for row in facts["collectives_per_step"] if row["kind"] == "all-gather"), default=0)
+    norms = 0.001 * facts["weight_bytes"]  # they lie whole on every device
+    memory = facts["memory_per_device"]
+    laws = {
+        "does not fit": memory["total"] > H200_BYTES,
+        "holds more weights than its part": facts["weight_bytes_per_device"] > facts["weight_bytes"] / tensor + norms,
+        "holds a second cache": memory["alias"] < facts["cache_bytes_per_device"],
+        "holds large temporaries": memory["temp"] > facts["cache_bytes_per_device"] / 50,
+        "copies a weight or a cache": facts["copies_of_weights_or_cache"],
+        "sends something else": sent != {"all-reduce": reduces, "all-gather": 1},
+        "gathers more than a draw": gathered > 5 * 4 * facts["rows"] * tensor,
+        "sends something outside of the loop": facts["collectives_before_and_after"],
+    }
+    return [sentence for sentence, broken in laws.items() if broken]
+
+
+@pytest.mark.parametrize("axes", MESHES)
+@pytest.mark.parametrize("model", ["llama-3-8b", "llama-3-70b"])
+def test_the_committed_programs_of_eight_h200s_keep_the_laws(model, axes):
+    name = f"{model}_{axes.replace('=', '').replace(',', '_')}.json"
+    facts = json.loads((COMMITTED.parent / name).read_text())
+    assert (facts["model"], facts["mesh"], facts["hardware"]) == (model, axes, "NVIDIA H200, compiled without one")
+    assert broken_laws_of_a_mesh(facts) == []
+
+
+@pytest.mark.h200
+@pytest.mark.parametrize("axes", MESHES)
+def test_programs_for_eight_h200s_keep_the_laws(facts, axes):
+    assert broken_laws_of_a_mesh(facts("--model", "llama-3-8b", "--mesh", axes)) == []
+
+
+@pytest.mark.h200
+def test_a_weight_that_lies_whole_on_every_h200_breaks_the_laws(facts):
+    assert broken_laws_of_a_mesh(facts("--model", "llama-3-8b", "--mesh", "tensor=8", "--mistake"))
+
+
 @pytest.mark.h200
 @pytest.mark.parametrize("model", ["tiny", "llama-3-8b"])
 def test_decode_programs_for_an_h200_keep_the_laws(facts, model):
