@@ -27,15 +27,19 @@ if TYPE_CHECKING:  # what the lazy door below opens, for editors and type checke
     from jaxinfer.decoding import generate as generate
     from jaxinfer.decoding import prefill as prefill
     from jaxinfer.decoding import stream as stream
+    from jaxinfer.mesh import make_mesh as make_mesh
+    from jaxinfer.mesh import shard as shard
     from jaxinfer.sampling import Sampling as Sampling
     from jaxinfer.sampling import sample as sample
     from jaxinfer.text import Tokenizer as Tokenizer
     from jaxinfer.weights import load as load
+    from jaxinfer.weights import save as save
 
 __version__ = "0.1.0"
 
 ROOM = {  # public name -> the room where it lives
     "load": "weights",
+    "save": "weights",
     "ModelConfig": "config",
     "Sampling": "sampling",
     "init_cache": "cache",
@@ -45,6 +49,8 @@ ROOM = {  # public name -> the room where it lives
     "generate": "decoding",
     "stream": "decoding",
     "sample": "sampling",
+    "make_mesh": "mesh",
+    "shard": "mesh",
     "Tokenizer": "text",
 }
 

@@ -12,9 +12,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxinfer import models
-from jaxinfer.models.names import tensors
 from jaxinfer.training.vocabulary import END_OF_TEXT
-from jaxinfer.weights import write_safetensors
+from jaxinfer.weights import stored_tensors, write_safetensors
 
 
 def save_huggingface(
@@ -46,13 +45,13 @@ def save_huggingface(
 def named_tensors(params: Any, raw: dict[str, Any]) -> dict[str, np.ndarray]:
     """Every tensor under its name in a checkpoint, in the shape that it has there."""
     family = models.family(raw)
-    named = {}
-    for tensor in tensors(family.config(raw), family.NAMES):
-        parts = [np.asarray(find(params, part.path)).reshape(part.stored) for part in tensor.parts]
-        array = np.concatenate(parts)
-        prefix = "" if tensor.name in family.NAMES.bare else family.NAMES.prefixes[0]
-        named[prefix + tensor.name] = array.T if tensor.transposed else array
-    return named
+    made = stored_tensors(
+        family.config(raw),
+        family.NAMES,
+        lambda part: find(params, part.path),
+        lambda part: np.dtype(find(params, part.path).dtype),
+    )
+    return {name: np.asarray(array) for name, array in made.items()}
 
 
 def find(params: Any, path: tuple[str | int, ...]) -> jax.Array:

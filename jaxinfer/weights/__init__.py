@@ -1,6 +1,9 @@
 """The only room that opens checkpoints."""
 
+from jaxinfer.weights import convert
+from jaxinfer.weights.export import stored_tensors
 from jaxinfer.weights.huggingface import load, sampling_defaults
+from jaxinfer.weights.orbax import save
 from jaxinfer.weights.safetensors import Checkpoint, write_safetensors
 
-__all__ = ["Checkpoint", "load", "sampling_defaults", "write_safetensors"]
+__all__ = ["Checkpoint", "convert", "load", "sampling_defaults", "save", "stored_tensors", "write_safetensors"]

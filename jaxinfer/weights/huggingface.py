@@ -9,27 +9,46 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxinfer import hub, models
+from jaxinfer import mesh as meshes
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.names import Names, Tensor, set_leaf, tensors
-from jaxinfer.weights.safetensors import Checkpoint, aligned_empty, read_json
+from jaxinfer.weights.safetensors import Checkpoint, read_json
+from jaxinfer.weights.shards import check_memory, read_arrays, slots
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 FLOATS = ("float32", "bfloat16", "float16")
 
 
-def load(name: str | os.PathLike[str], dtype=None) -> tuple[dict[str, Any], ModelConfig]:
+def load(
+    name: str | os.PathLike[str], dtype=None, *, mesh: jax.sharding.Mesh | None = None
+) -> tuple[dict[str, Any], ModelConfig]:
     """The params and config of "builtin", a directory, or a hub id ("owner/name", fetched with huggingface_hub).
 
-    dtype: what the weights are converted to, tensor by tensor; by default the dtype that they are stored in. Host
-    memory stays under the loaded arrays plus two of the largest tensors.
+    A directory is Hugging Face's, or a sharded checkpoint that `save` wrote, on whatever mesh that was.
+    dtype: what the weights are converted to, block by block; by default the dtype that they are stored in.
+    mesh: where the arrays go, the ambient mesh unless given; without either, the default device. On a mesh both are
+    arranged for it (`models.arrange`), and this process reads what its own devices hold of the weights, each byte once.
+    Host memory holds a block of 16 MB beside the arrays, and what one tensor sends to devices with their own memory.
 
     Raises FileNotFoundError or ValueError, in one line, for a file that is missing or damaged, a tensor that is
-    missing, surplus or of a wrong shape, and a config that is not fully understood.
+    missing, surplus or of a wrong shape, a config that is not fully understood, and weights that the free memory cannot
+    hold.
     """
+    from jaxinfer.weights import orbax  # imported here: it stands on this file
+
     directory = hub.locate(os.fspath(name))
+    if orbax.holds(directory):
+        return orbax.restore(directory, dtype, mesh)
+    params, config, _ = read_model(directory, dtype, mesh)
+    return params, config
+
+
+def read_model(
+    directory: pathlib.Path, dtype=None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[dict[str, Any], ModelConfig, int]:
+    """What `load` gives for a Hugging Face directory, and how many bytes of its tensors were read."""
     raw = read_json(directory / "config.json")
     family = models.family(raw)
     config = family.config(raw)
@@ -39,16 +58,22 @@ def load(name: str | os.PathLike[str], dtype=None) -> tuple[dict[str, Any], Mode
     dtype = jnp.dtype(dtype) if dtype is not None else checkpoint.entries[found[0][1]].dtype
     if dtype.name not in FLOATS:
         raise ValueError(f"dtype {dtype.name} cannot be computed in: take one of {', '.join(FLOATS)}")
+    config = config.replace(dtype=dtype.name, stop_ids=config.stop_ids if stop is None else stop)
+    mesh = mesh if mesh is not None else meshes.concrete()
+    if mesh is not None:
+        config = models.arrange_config(config, mesh)
+    places = slots(config, mesh)
+    check_memory(places)
     tree: dict[str, Any] = {}
     for tensor, stored in found:
-        for path, array in convert(checkpoint.read(stored), tensor, dtype):
+        for path, array in read_arrays(checkpoint, stored, tensor, places):
             set_leaf(tree, path, array)
     tree["layers"] = tuple(tree["layers"][index] for index in range(len(config.layers)))
-    return tree, config.replace(dtype=dtype.name, stop_ids=config.stop_ids if stop is None else stop)
+    return tree, config, checkpoint.bytes_read
 
 
 def match(checkpoint: Checkpoint, config: ModelConfig, names: Names) -> list[tuple[Tensor, str]]:
-    """Each tensor that the config needs with its stored name; refuses what is missing, surplus or misshapen."""
+    """Each tensor that the config needs with its stored name; refuses others, and those that do not fit."""
     stored = {bare_name(name, names): name for name in checkpoint.entries}
     wanted = tensors(config, names)
     missing = [tensor.name for tensor in wanted if tensor.name not in stored]
@@ -66,10 +91,15 @@ def match(checkpoint: Checkpoint, config: ModelConfig, names: Names) -> list[tup
             "leaving a weight out would change what the model says"
         )
     for tensor in wanted:
-        shape = checkpoint.entries[stored[tensor.name]].shape
-        if shape != tensor.shape:
+        entry = checkpoint.entries[stored[tensor.name]]
+        if entry.shape != tensor.shape:
+            asked = list(tensor.shape)
             raise ValueError(
-                f"tensor {stored[tensor.name]!r} has shape {list(shape)} but config.json asks for {list(tensor.shape)}"
+                f"tensor {stored[tensor.name]!r} has shape {list(entry.shape)} but config.json asks for {asked}"
+            )
+        if entry.dtype.kind in "iub" or entry.dtype.itemsize == 1:
+            raise ValueError(
+                f"tensor {tensor.name!r} is stored as {entry.dtype.name}: quantized checkpoints are not handled"
             )
     return [(tensor, stored[tensor.name]) for tensor in wanted]
 
@@ -84,27 +114,6 @@ def listing(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"tensor{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
-
-
-def convert(data: np.ndarray, tensor: Tensor, dtype: jnp.dtype):
-    """The arrays of one stored tensor: split, seen with their letters, in the wanted dtype, on the device."""
-    if data.dtype.kind in "iub" or data.dtype.itemsize == 1:
-        raise ValueError(
-            f"tensor {tensor.name!r} is stored as {data.dtype.name}: quantized checkpoints are not handled"
-        )
-    if tensor.transposed:
-        data = data.T
-    start = 0
-    for part in tensor.parts:
-        rows = data[start : start + part.stored[0]].reshape(part.shape)
-        start += part.stored[0]
-        if rows.dtype != dtype:  # on the host: on the device every shape would be a program
-            stored, rows = rows, aligned_empty(part.shape, dtype)
-            np.copyto(rows, stored, casting="unsafe")
-        # A CPU device takes the host's memory over, but not a part of it, which would keep the whole alive. Waits, so
-        # that no more than one tensor is on its way at a time.
-        own = rows.dtype != data.dtype or len(tensor.parts) == 1
-        yield part.path, jax.block_until_ready(jax.device_put(rows, may_alias=own))
 
 
 def stop_ids(directory: pathlib.Path) -> tuple[int, ...] | None:

@@ -6,13 +6,14 @@ pread fills can be counted.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -52,7 +53,7 @@ class Entry:
 class Checkpoint:
     """The tensors of a directory: model.safetensors, or the shards that model.safetensors.index.json names.
 
-    Only headers are read until `read(name)` is called. `bytes_read` counts what was.
+    Only headers are read until a tensor is asked for. `bytes_read` counts what was read of tensors.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -91,19 +92,33 @@ class Checkpoint:
     def read(self, name: str) -> np.ndarray:
         """The whole tensor."""
         entry = self.entries[name]
-        data = aligned_empty((entry.bytes,), np.dtype(np.uint8))
-        with open(entry.file, "rb", buffering=0) as file:
+        data = aligned_empty(entry.shape, entry.dtype)
+        with self.open(name) as read:
+            read(0, data)
+        return data
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[Callable[[int, np.ndarray], None]]:
+        """A function that reads a tensor's rows, from `start` on, into a contiguous array [rows, ...] of its dtype."""
+        entry = self.entries[name]
+
+        def read(start: int, into: np.ndarray) -> None:
+            row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+            assert into.flags.c_contiguous
+            data = into.reshape(-1).view(np.uint8)
             done = 0
-            while done < entry.bytes:  # the kernel gives at most 2 GB a call
+            while done < len(data):  # the kernel gives at most 2 GB a call
                 rest: Any = data[done:]
-                got = os.preadv(file.fileno(), [rest], entry.start + done)
+                got = os.preadv(file.fileno(), [rest], entry.start + start * row + done)
                 if not got:
                     raise ValueError(
                         f"{entry.file} ended inside tensor {name!r}: the file is truncated, fetch it again"
                     )
                 done += got
-        self.bytes_read += entry.bytes
-        return data.view(entry.dtype).reshape(entry.shape)
+                self.bytes_read += got
+
+        with open(entry.file, "rb", buffering=0) as file:
+            yield read
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

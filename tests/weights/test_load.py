@@ -147,22 +147,33 @@ DAMAGE = [
 ]
 
 
+@pytest.mark.parametrize("axes", ["", "tensor=8"])
 @pytest.mark.parametrize(("damage", "message"), DAMAGE)
-def test_a_tensor_that_is_missing_surplus_or_misshapen_is_named(tmp_path, damage, message):
+def test_a_tensor_that_is_missing_surplus_or_misshapen_is_named(tmp_path, damage, message, axes, on_mesh):
     arrays = stored()
     damage(arrays)
-    with pytest.raises(ValueError, match=message) as refusal:
+    with pytest.raises(ValueError, match=message) as refusal, on_mesh(axes):
         jaxinfer.load(write(tmp_path, arrays=arrays))
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("axes", ["", "tensor=8"])
 @pytest.mark.parametrize("keep", [0, 4, 8, 50, 1000, -1, -4096])
-def test_a_truncated_file_is_refused(tmp_path, keep):
+def test_a_truncated_file_is_refused(tmp_path, keep, axes, on_mesh):
     path = write(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="truncated") as refusal:
+    with pytest.raises(ValueError, match="truncated") as refusal, on_mesh(axes):
         jaxinfer.load(tmp_path)
     assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_file_that_is_truncated_while_it_is_read_is_refused(tmp_path):
+    path = write(tmp_path) / "model.safetensors"
+    checkpoint = Checkpoint(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"ended inside tensor '.*': the file is truncated, fetch it again"):
+        for name in checkpoint.entries:
+            checkpoint.read(name)
 
 
 def test_bytes_behind_the_last_tensor_are_refused(tmp_path):
