@@ -219,7 +219,7 @@ def axes_of(letter: str) -> tuple[str, ...]:
     """The axes that a letter is split over here, where each device runs its own part; () elsewhere."""
     mesh = ambient()
     axis = RULES.get(letter)
-    return (axis,) if mesh is not None and axis in mesh.manual_axes else ()
+    return (axis,) if axis is not None and mesh is not None and axis in mesh.manual_axes else ()
 
 
 def total(x: Any, letter: str) -> Any:
@@ -244,3 +244,20 @@ def start(letter: str, size: int) -> jax.Array | int:
     """Where this part begins, `size` being its length."""
     axes = axes_of(letter)
     return jax.lax.axis_index(axes) * size if axes else jnp.zeros((), jnp.int32)
+
+
+# --- several processes -------------------------------------------------------------------------------------------
+
+
+def hear(*numbers: float) -> np.ndarray:
+    """What every process says, [processes, numbers]: all of them call this, in the same order, and get the same.
+
+    A decision of the host that rests on a clock or a key press must be made from what all have heard: processes that
+    then dispatch different programs wait for each other for ever.
+    """
+    said = np.array(numbers, np.float32)
+    if jax.process_count() == 1:
+        return said[None]
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(said)

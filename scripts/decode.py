@@ -2,18 +2,22 @@
 
     python scripts/decode.py --prompt "def fibonacci(n):" --max-new-tokens 64
     python scripts/decode.py --prompt "import os" "class Stack:" --temperature 0.8 --num-samples 2 --json
+    python scripts/decode.py --prompt "import os" --cpu-devices 8 --mesh data=2,tensor=4
 
 Draws depend on --seed, which is 0 unless given: the same command says the same again. --temperature 0 is greedy. The
 text goes to stdout as it is made, then a short report to stderr; with --json the last line of stdout is one JSON object
 instead. Several prompts are the rows of one batch. Compiled programs are kept for the next run, in
 $JAX_COMPILATION_CACHE_DIR or in jaxinfer/programs in the user's cache directory.
+
+--mesh lays model and cache over several devices, --coordinator over several processes, each started with the same flags
+but its own --process-id; process 0 prints. Neither changes what is said.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -23,206 +27,27 @@ import signal
 import sys
 import time
 import tomllib
-import typing
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+import traceback
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import flags
+import runtime
+from flags import Refusal, doors, one_line
+from processes import Group, say
+from screen import Screen, report, size, write
+from settings import FLOATS, NEW_TOKENS, SAMPLING, SOURCES, TEMPERATURE, TRACED, Settings, biases, check
 
 import jaxinfer  # its rooms, and jax with them, are imported when they are first used: a wrong flag need not wait
 
 START = time.perf_counter()
-FLOATS = ("float32", "bfloat16", "float16")
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-SOURCES = ("prompt", "prompt_file", "prompt_length")
-NEW_TOKENS = 128
-TEMPERATURE = 0.7  # small models, the built-in one too, say the same words over and over when they are greedy
 CHAT_LENGTH = 4096  # positions of an interactive chat's cache, where the model has as many
 CHUNK = 32  # tokens a dispatch, at most
-TRACED = 8  # tokens of the dispatch that --profile looks at
-
-
-def setting(default: Any, text: str, **more: Any) -> Any:
-    """A setting with its help; `more` goes to argparse."""
-    return dataclasses.field(default=default, metadata={"help": text, **more})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """All settings of a run: each is a flag, and may stand in a preset (--config FILE) under its name here."""
-
-    model: str | None = setting(None, "'builtin' (the default), a directory, or a hub id")
-    random_weights: str | None = setting(None, "instead: random weights of a shape (.toml, .json)", metavar="CONFIG")
-    dtype: str = setting("auto", "of the weights (default: as stored)", choices=("auto", *FLOATS))
-    prompt: tuple[str, ...] = setting((), "text to continue; several are several rows", metavar="TEXT")
-    prompt_file: str | None = setting(None, "a prompt from a file (- is stdin), less its last newline", metavar="FILE")
-    prompt_length: int | None = setting(None, "a prompt of N random ids", metavar="N")
-    chat: bool = setting(False, "prompts are a user's first words; without any, turns are read from stdin")
-    num_samples: int = setting(1, "of each prompt, with the seeds seed, seed + 1, ...", metavar="N")
-    max_new_tokens: int | None = setting(None, f"of each row (default {NEW_TOKENS}; in a chat what fits)", metavar="N")
-    min_new_tokens: int = setting(0, "no stop id before so many", metavar="N")
-    sampling_defaults: bool = setting(False, "sample as the checkpoint recommends")
-    temperature: float | None = setting(None, f"of the draws; 0 is greedy (default {TEMPERATURE})")
-    top_k: int | None = setting(None, "only the k best ids")
-    top_p: float | None = setting(None, "only the best ids that hold this mass")
-    min_p: float | None = setting(None, "only ids at least so many times as probable as the best")
-    repetition_penalty: float | None = setting(None, "divides logits of ids seen in prompt or output")
-    presence_penalty: float | None = setting(None, "taken from logits of ids seen in the output")
-    frequency_penalty: float | None = setting(None, "the same, for each time they were seen")
-    logit_bias: tuple[str, ...] = setting((), "added to the logit of an id", metavar="ID=VALUE")
-    stop: tuple[str, ...] = setting((), "end a row before this text", metavar="TEXT")
-    seed: int = setting(0, "of the draws (default 0)")
-    cache: str = setting("dense", "kind of KV cache (default: dense)", metavar="KIND")
-    cache_dtype: str = setting("auto", "of keys and values (default: the model's)", choices=("auto", *FLOATS))
-    max_length: int | None = setting(None, "positions of the cache (default: what is needed)", metavar="S")
-    prefill_chunk: int = setting(512, "prompt tokens a dispatch (default 512)", metavar="T")
-    compile_cache: bool = setting(True, "keep compiled programs, and take those that were kept")
-    profile: str | None = setting(None, "write a jax.profiler trace of a few warm steps", metavar="DIR")
-    stream: bool = setting(True, "show the text as it is made; otherwise it is made in one dispatch")
-    json: bool = setting(False, "the report as JSON, on the last line of stdout")
-
-    @property
-    def interactive(self) -> bool:
-        """Whether the user's turns come from stdin."""
-        return self.chat and not (self.prompt or self.prompt_file)
-
-    @property
-    def name(self) -> str:
-        """The checkpoint's."""
-        return self.model or "builtin"
-
-
-class Refusal(Exception):
-    """What was asked for cannot be done; the message is one line: what came, what fits, what to do."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = Parser("decode.py", description=__doc__, formatter_class=style, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE", help="preset: a TOML file with settings, which flags override")
-    hints = typing.get_type_hints(Settings)
-    for field in dataclasses.fields(Settings):
-        kind = kinds(hints[field.name])[0]
-        how: dict[str, Any] = {"type": kind}
-        if kind in (bool, tuple):
-            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"action": "extend", "nargs": "+"}
-        parser.add_argument(f"--{dashed(field.name)}", **how, **field.metadata)
-    given: dict[str, Any] = vars(parser.parse_args(argv))
-    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    try:
-        base = preset(given.pop("config")) if "config" in given else {}
-        for one_of in (SOURCES, ("model", "random_weights")):
-            if given.keys() & set(one_of):  # a prompt on the line takes the place of the preset's, whatever its form
-                base = {name: value for name, value in base.items() if name not in one_of}
-        settings = Settings(**base | given)
-        check(settings)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {one_line(error)}\n")
-    return settings
-
-
-def preset(path: str) -> dict[str, Any]:
-    """The settings in a TOML file, each of the type that it has in `Settings`."""
-    with open(path, "rb") as file:
-        try:
-            raw: dict[str, Any] = tomllib.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is not TOML ({error}): configs/decode has examples") from None
-    hints = typing.get_type_hints(Settings)
-    choices = {field.name: field.metadata.get("choices", ()) for field in dataclasses.fields(Settings)}
-    for key, value in raw.items():
-        if key not in hints:
-            raise ValueError(f"{path} has the unknown key {key!r}: a preset may hold {', '.join(hints)}")
-        raw[key] = fitted(value, kinds(hints[key]))
-        if raw[key] is None:
-            kind = "list of strings" if tuple in kinds(hints[key]) else kinds(hints[key])[0].__name__
-            raise ValueError(f"{path} has {key} = {value!r}: it must be of type {kind}")
-        if choices[key] and value not in choices[key]:
-            raise ValueError(f"{path} has {key} = {value!r}: it must be one of {', '.join(choices[key])}")
-    return raw
-
-
-def fitted(value: Any, fits: tuple[type, ...]) -> Any:
-    """A value from TOML as one of these types, or None."""
-    if tuple in fits:
-        return tuple(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
-    if float in fits and type(value) is int:
-        return float(value)
-    return value if type(value) in fits else None  # isinstance would take true for 1
-
-
-def kinds(hint: Any) -> tuple[type, ...]:
-    """The types that a field may have: (float, NoneType) of `float | None`, (tuple,) of `tuple[str, ...]`."""
-    if typing.get_origin(hint) is tuple:
-        return (tuple,)
-    return typing.get_args(hint) or (hint,)
-
-
-def dashed(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def check(args: Settings) -> None:
-    """Refuses what contradicts itself, before anything heavy is imported."""
-    given = [name for name in SOURCES if getattr(args, name) not in ((), None)]
-    if len(given) > 1:
-        raise ValueError(f"--{' and --'.join(map(dashed, given))} contradict each other: give one of them")
-    if not (given or args.chat or args.random_weights):
-        raise ValueError("there is nothing to continue: give --prompt, --prompt-file, --prompt-length or --chat")
-    if "" in args.prompt:
-        raise ValueError(f"prompt {args.prompt.index('') + 1} is empty: give it some text")
-    apart: dict[str, tuple[str, ...]] = {}
-    if args.random_weights:
-        apart["random_weights"] = ("model", "prompt", "prompt_file", "chat", "stop", "sampling_defaults")
-    if args.interactive:
-        apart["chat (without a prompt)"] = ("num_samples", "stream", "json", "profile")
-    if args.chat:
-        apart["chat"] = ("prompt_length",)
-    for flag, others in apart.items():
-        for name in others:
-            usual = getattr(Settings(), name)
-            if getattr(args, name) != usual:
-                other = f"--{'no-' if usual is True else ''}{dashed(name)}"
-                raise ValueError(f"--{dashed(flag)} and {other} contradict each other: leave one of them out")
-    for name in ("num_samples", "max_new_tokens", "prompt_length", "max_length", "prefill_chunk"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{dashed(name)} is {value}: it must be at least 1")
-    most = args.max_new_tokens or (sys.maxsize if args.interactive else NEW_TOKENS)
-    if args.min_new_tokens > most:
-        raise ValueError(f"--min-new-tokens {args.min_new_tokens} is more than --max-new-tokens {most}: lower it")
-    if args.profile and most < 1 + 2 * TRACED:
-        raise ValueError(f"--profile needs --max-new-tokens of at least {1 + 2 * TRACED} to get warm, not {most}")
-    biases(args)
-
-
-def biases(args: Settings) -> dict[int, float]:
-    """--logit-bias, as `Sampling` takes it."""
-    try:
-        return {int(i): float(x) for i, x in (item.split("=") for item in args.logit_bias)}
-    except ValueError:
-        raise ValueError(f"--logit-bias is {' '.join(args.logit_bias)}: write ID=VALUE, such as 13=-2.5") from None
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says; an OSError does not say its file by itself."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextlib.contextmanager
-def doors(*more: type[Exception]) -> Iterator[None]:
-    """Doors refuse with a ValueError or OSError of one line. One that is raised elsewhere is a bug, and must show."""
-    try:
-        yield
-    except (ValueError, OSError, MemoryError, *more) as error:
-        raise Refusal(one_line(error)) from error
+    """The settings; a prompt on the line takes the place of the preset's, whatever its form."""
+    return flags.parse(Settings, "decode.py", __doc__, check, [SOURCES, ("model", "random_weights")], argv)
 
 
 # --- what to run ---------------------------------------------------------------------------------------------------
@@ -255,6 +80,25 @@ class Numbers:
         return " ".join(map(str, ids))
 
 
+def files(args: Settings) -> dict[str, str]:
+    """What all processes must find alike: each file's size with a digest of it, of a tensor file's header."""
+    if args.random_weights:
+        return {args.random_weights: digest(pathlib.Path(args.random_weights).read_bytes())}
+    found = {}
+    for path in sorted(jaxinfer.hub.locate(args.name).iterdir()):
+        if path.suffix in (".json", ".jinja", ".safetensors", ".model"):
+            with open(path, "rb") as file:
+                length = 8 + int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 2**26
+                file.seek(0)
+                found[path.name] = f"{path.stat().st_size} bytes, {digest(file.read(min(length, 2**26)))}"
+    return found
+
+
+def digest(data: bytes) -> str:
+    """A few letters that other data would not have."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def load(args: Settings) -> Model:
     """The checkpoint with its tokenizer, or random weights of a shape."""
     if args.random_weights:
@@ -282,7 +126,9 @@ def random_weights(path: str, dtype: str) -> Model:
         raise ValueError(f"{path} has dtype {dtype!r}: set --dtype to one of {', '.join(FLOATS)}")
     # a number is no text, so no id ends it
     config = jaxinfer.models.config_from_hf(raw).replace(dtype=dtype, stop_ids=())
-    need, free = jaxinfer.roofline.weight_bytes(config), jaxinfer.kernels.free_memory()
+    config = jaxinfer.models.arrange_config(config)
+    need = jaxinfer.roofline.weight_bytes(config) // jax.process_count()
+    free = jaxinfer.kernels.free_memory()
     if free is not None and need > free:
         raise ValueError(
             f"{path} needs {size(need)} for its weights but {size(free)} are free: take fewer layers or a smaller dtype"
@@ -356,6 +202,8 @@ class Work:
     held: list[int]  # tokens before the output, those of earlier turns included
     cache: dict[str, Any]
     compile_seconds: float
+    per_device: dict[str, int]
+    collectives: list[dict[str, Any]]  # of one step
     first_token: float | None = None  # seconds from the start of the program
 
     def __iter__(self) -> Iterator[Any]:
@@ -382,14 +230,18 @@ def begin(args: Settings, model: Model, ids: list[list[int]], held: list[int], b
             model.params, model.config, model.tokenizer, ids, sampling=sampling(args, len(ids)), stop=args.stop,
             max_new_tokens=budget, prefill_chunk=args.prefill_chunk, **how,
         )  # fmt: skip
-    stream.compile()
+    decode = stream.compile()[-1]
     held_by = stream.state.cache
     cache = {"kind": args.cache, "bytes": held_by.bytes, "rows": held_by.rows, "size": held_by.size}
     cache["dtype"] = jax.tree.leaves(held_by.layers)[0].dtype.name
-    return Work(stream, [len(row) for row in ids], held, cache, time.perf_counter() - now)
+    spent = time.perf_counter() - now
+    collectives = runtime.collectives(decode) if jaxinfer.mesh.concrete() is not None else []
+    weights, kept = runtime.per_device(model.params, held_by)
+    per_device = {"weight_bytes": weights, "cache_bytes": kept}
+    return Work(stream, [len(row) for row in ids], held, cache, spent, per_device, collectives)
 
 
-def complete(args: Settings, model: Model) -> tuple[list[Work], bool]:
+def complete(args: Settings, model: Model, group: Group) -> tuple[list[Work], bool]:
     """Continues the prompts, all in one batch; also whether Ctrl-C ended it."""
     with doors():
         ids, shown = prompts(args, model)
@@ -397,6 +249,7 @@ def complete(args: Settings, model: Model) -> tuple[list[Work], bool]:
         shown = [text for text in shown for _ in range(args.num_samples)]
         lengths = [len(row) for row in ids]
         S, budget = room(args, model.config, lengths)
+        group.agree({"the prompts' ids": digest(repr(ids).encode())})
     work = begin(args, model, ids, lengths, budget, size=S)
     screen = Screen(shown, work.stream)
     with ctrl_c() as pressed:
@@ -404,9 +257,9 @@ def complete(args: Settings, model: Model) -> tuple[list[Work], bool]:
             if args.stream:
                 screen.show()
             if pressed:
-                break
+                work.stream.stop()
     screen.show(everything=True)
-    return [work], bool(pressed)
+    return [work], bool(pressed) or "running" in work.stream.finish  # another process may have been asked to stop
 
 
 def converse(args: Settings, model: Model) -> list[Work]:
@@ -433,7 +286,7 @@ def converse(args: Settings, model: Model) -> list[Work]:
             for delta in work:
                 write(delta.text)
                 if pressed:
-                    break
+                    work.stream.stop()
         write("\n")
         done.append(work)
         messages.append({"role": "assistant", "content": work.stream.text[0]})
@@ -500,52 +353,7 @@ def profiled(work: Work, directory: str) -> Iterator[Any]:
         say(f"all rows ended before step {TRACED + 1}, where the trace was to begin: {directory} got none")
 
 
-# --- showing it ----------------------------------------------------------------------------------------------------
-
-
-class Screen:
-    """Shows rows one after the other: the first that is not done as it is made, the others when their turn comes."""
-
-    def __init__(self, shown: list[str], stream: Any):
-        self.shown, self.stream = shown, stream
-        self.row, self.written = 0, 0
-        self.head()
-
-    def head(self) -> None:
-        """A row begins with its prompt."""
-        if self.row < len(self.shown):
-            write(dim(f"--- {self.row + 1} of {len(self.shown)} ---\n" if len(self.shown) > 1 else ""))
-            write(dim(self.shown[self.row]))
-
-    def show(self, everything: bool = False) -> None:
-        """What is new of the row that is shown, and of the rows behind it that may be."""
-        while self.row < len(self.shown):
-            text = self.stream.text[self.row]
-            write(text[self.written :])
-            self.written = len(text)
-            if self.stream.finish[self.row] == "running" and not everything:
-                return
-            write("\n")
-            self.row, self.written = self.row + 1, 0
-            self.head()
-
-
-def write(text: str) -> None:
-    if text:
-        print(text, end="", flush=True)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def dim(text: str) -> str:
-    return f"\x1b[2m{text}\x1b[0m" if text and sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
-
-
-def size(number: float) -> str:
-    """Bytes for people."""
-    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.2f} MB"
+# --- what came of it -----------------------------------------------------------------------------------------------
 
 
 def facts(model: Model, done: list[Work], load_seconds: float, compiled: int) -> dict[str, Any]:
@@ -565,14 +373,18 @@ def facts(model: Model, done: list[Work], load_seconds: float, compiled: int) ->
     warm = tokens > 0 and later > 0
     rate = moved / later if warm else None
     chip = jaxinfer.roofline.chip(devices[0].device_kind)
+    mesh = jaxinfer.mesh.concrete()
     return {
         "model": model.name,
         "platform": devices[0].platform,
         "device": devices[0].device_kind,
         "devices": len(devices),
+        "mesh": {} if mesh is None else dict(mesh.shape),
         "dtype": model.config.dtype,
         "cache": done[-1].cache,
         "weight_bytes": sum(leaf.nbytes for leaf in leaves),
+        "per_device": done[-1].per_device,
+        "collectives": done[-1].collectives,
         "prompt_tokens": fed,
         "new_tokens": [len(row) for row in ids],
         "ids": ids,
@@ -603,106 +415,56 @@ def bytes_moved(config: Any, work: Work) -> float:
     return step * max(work.stream.steps - 1, 0)
 
 
-def report(told: dict[str, Any]) -> None:
-    """The same for people, on stderr."""
-    seconds, cache = told["seconds"], told["cache"]
-    rate = {phase: f" ({value:.1f} tokens/s)" if value else "" for phase, value in told["tokens_per_second"].items()}
-    rows = list(zip(told["prompt_tokens"], told["new_tokens"], told["finish"], strict=True))
-    tokens = ", ".join(f"{prompt} + {new} ({why})" for prompt, new, why in rows[:4])
-    tokens += f" and {len(rows) - 4} more rows" if len(rows) > 4 else ""
-    speed = share = ""
-    if told["gb_per_second"]:
-        speed = f"; {size(told['bytes_per_token'])} a token, {told['gb_per_second']:.2f} GB/s"
-    if told["share_of_bandwidth"]:
-        share = f" ({told['share_of_bandwidth']:.0%} of the chip's)"
-    say(
-        f"\n{told['model']} in {told['dtype']} on {told['devices']} x {told['device']}: tokens {tokens}; "
-        f"the first after {seconds['first_token'] or 0:.2f} s\n"
-        f"load {seconds['load']:.2f} s, compile {seconds['compile']:.2f} s (programs: {told['compiled_programs']}), "
-        f"prefill {seconds['prefill']:.2f} s{rate['prefill']}, decode {seconds['decode']:.2f} s{rate['decode']}\n"
-        f"weights {size(told['weight_bytes'])}, {cache['kind']} cache {size(cache['bytes'])} ({cache['rows']} x "
-        f"{cache['size']} tokens, {cache['dtype']}){speed}{share}"
-    )
-
-
 # --- the program ---------------------------------------------------------------------------------------------------
 
 
-def keep_programs(args: Settings) -> None:
-    """Turns the persistent compilation cache on, for programs of any size."""
-    import jax
-
-    jax.config.update("jax_enable_compilation_cache", args.compile_cache)
-    if not args.compile_cache:
-        return
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(home, "jaxinfer", "programs")
-    try:
-        os.makedirs(directory, exist_ok=True)
-    except OSError as error:
-        say(f"compiled programs are not kept ({one_line(error)}): set JAX_COMPILATION_CACHE_DIR to a directory")
-        return
-    jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def count_programs() -> Callable[[], int]:
-    """Counts, from now on, the programs that were compiled and not found in the persistent cache."""
-    import jax
-
-    wanted, found = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
-    seen = {wanted: 0, found: 0}
-
-    def note(event: str, *_: Any, **__: Any) -> None:
-        if event in seen:
-            seen[event] += 1
-
-    jax.monitoring.register_event_listener(note)
-    jax.monitoring.register_event_duration_secs_listener(note)
-    return lambda: seen[wanted] - seen[found]
-
-
-def run(args: Settings) -> int:
+def run(args: Settings, group: Group) -> int:
     """The story: load, go on from the prompts or talk, report. Refusals and interruptions are still raised."""
     import jax
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that a model writes
-    keep_programs(args)
-    compiled = count_programs()
+    compiled = runtime.count_programs()
     now = time.perf_counter()
     with doors(RuntimeError):
-        jax.devices()
-    with doors():
-        model = load(args)
-    load_seconds = time.perf_counter() - now
-    done, interrupted = (converse(args, model), False) if args.interactive else complete(args, model)
-    if done:
-        told = facts(model, done, load_seconds, compiled())
-        print(json.dumps(told), flush=True) if args.json else report(told)
+        mesh = runtime.start(args, group)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        with doors():
+            if args.several:
+                group.agree(files(args))
+            model = load(args)
+        load_seconds = time.perf_counter() - now
+        done, interrupted = (converse(args, model), False) if args.interactive else complete(args, model, group)
+        if done and group.id == 0:
+            told = facts(model, done, load_seconds, compiled())
+            print(json.dumps(told), flush=True) if args.json else report(told)
     return 130 if interrupted else 0
 
 
 def main(args: Settings) -> int:
     """Runs it, and says in one line what cannot be done. Whatever else goes wrong is a bug, and shows where."""
+    group = Group(args.who)
     try:
-        return run(args)
+        with doors():
+            group = runtime.join(args)
+        return group.leave(run(args, group))
     except Refusal as refusal:
-        say(f"decode.py: {refusal}")
-        return 1
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        say(f"decode.py: memory ran out ({one_line(error)[:120]}): take fewer rows, a smaller --max-length or --dtype")
-        return 1
+        return group.fail(1, f"decode.py: {refusal}")
     except KeyboardInterrupt:
-        say("\ndecode.py: stopped")
-        return 130
+        return group.fail(130, "\ndecode.py: stopped")
     except BrokenPipeError:
         # nobody reads any more, `| head` for one: what is still buffered has nowhere to go when Python exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return group.fail(141, "")
+    except Exception as error:
+        if why := group.lost():
+            return group.fail(1, why)
+        if "RESOURCE_EXHAUSTED" in str(error):
+            remedy = "take fewer rows, a smaller --max-length or --dtype"
+            return group.fail(1, f"decode.py: memory ran out ({one_line(error)[:120]}): {remedy}")
+        if group.num > 1:
+            return group.fail(1, traceback.format_exc())
+        raise
 
 
 if __name__ == "__main__":

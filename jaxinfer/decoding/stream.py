@@ -58,6 +58,7 @@ class Stream:
         self._program, self._state, self._budget = program, state, budget.copy()
         self._ends = np.full(rows, NEVER, np.int32)  # where rows end that went on behind a stop string
         self._detokenizers = detokenizers
+        self._stopping = False
         self._deltas = self._run()
 
     def __iter__(self) -> Iterator[Delta]:
@@ -74,8 +75,15 @@ class Stream:
             self._ends = np.full_like(self._ends, NEVER)
         return self._state
 
+    def stop(self) -> None:
+        """Ends with the dispatch at hand; of several processes one may ask, and all end with the same dispatch."""
+        self._stopping = True
+
     def compile(self) -> list[Any]:
-        """Compiles what the stream will run, ahead of time, so that no second of it is counted as prefill or decode."""
+        """Compiles what the stream will run, ahead of time, so that no second of it is counted as prefill or decode.
+
+        Gives the compiled programs: last the loop that decodes, before it one that reads prompts where there are any.
+        """
         return self._program.compile(self._state, self._budget)
 
     def _run(self) -> Iterator[Delta]:
@@ -97,7 +105,11 @@ class Stream:
             self.first_seconds = self.first_seconds or seconds
             self.steps += steps
             yield from [self._emit(int(row), new, num, logprobs, finish, asked) for row in np.flatnonzero(asked)]
-            width = int(max(1, min(self._program.buffer, self._program.pace / seconds * steps)))
+            width = max(1, min(self._program.buffer, self._program.pace / seconds * steps))
+            heard = mesh.hear(width, self._stopping)  # clocks and keys differ between processes, dispatches must not
+            if heard[:, 1].any():
+                return
+            width = int(heard[0, 0])
 
     def _emit(self, row: int, new: Any, num: Any, logprobs: Any, finish: Any, asked: np.ndarray) -> Delta:
         detokenizer, got = self._detokenizers[row], new[row, : num[row]].tolist()

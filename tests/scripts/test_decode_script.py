@@ -1,6 +1,5 @@
 """scripts/decode.py on a tiny model: what it prints, that its laws hold, and what it refuses."""
 
-import importlib.util
 import io
 import json
 import os
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from jaxinfer import models, roofline
@@ -37,21 +35,6 @@ TEMPLATE = (
     "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
 )
 LETTERS = [f"{ord(c)}=60" for c in "abcdefgh"]  # so that an answer is text that encodes back to its ids
-
-
-@pytest.fixture(scope="module")
-def decode():
-    """The script as a module; what it sets in jax is put back afterwards."""
-    names = [name for name in jax.config.values if "compilation_cache" in name or "persistent_cache" in name]
-    before = {name: jax.config.values[name] for name in names}
-    spec = importlib.util.spec_from_file_location("decode_script", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,107 @@
+"""The settings of decode.py, and which of them contradict each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import runtime
+from flags import dashed, setting
+
+FLOATS = ("float32", "bfloat16", "float16")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+SOURCES = ("prompt", "prompt_file", "prompt_length")
+NEW_TOKENS = 128
+TEMPERATURE = 0.7  # small models, the built-in one too, say the same words over and over when they are greedy
+TRACED = 8  # tokens of the dispatch that --profile looks at
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(runtime.Machine):
+    """All settings of a run: each is a flag, and may stand in a preset (--config FILE) under its name here."""
+
+    model: str | None = setting(None, "'builtin' (the default), a directory, or a hub id")
+    random_weights: str | None = setting(None, "instead: random weights of a shape (.toml, .json)", metavar="CONFIG")
+    dtype: str = setting("auto", "of the weights (default: as stored)", choices=("auto", *FLOATS))
+    prompt: tuple[str, ...] = setting((), "text to continue; several are several rows", metavar="TEXT")
+    prompt_file: str | None = setting(None, "a prompt from a file (- is stdin), less its last newline", metavar="FILE")
+    prompt_length: int | None = setting(None, "a prompt of N random ids", metavar="N")
+    chat: bool = setting(False, "prompts are a user's first words; without any, turns are read from stdin")
+    num_samples: int = setting(1, "of each prompt, with the seeds seed, seed + 1, ...", metavar="N")
+    max_new_tokens: int | None = setting(None, f"of each row (default {NEW_TOKENS}; in a chat what fits)", metavar="N")
+    min_new_tokens: int = setting(0, "no stop id before so many", metavar="N")
+    sampling_defaults: bool = setting(False, "sample as the checkpoint recommends")
+    temperature: float | None = setting(None, f"of the draws; 0 is greedy (default {TEMPERATURE})")
+    top_k: int | None = setting(None, "only the k best ids")
+    top_p: float | None = setting(None, "only the best ids that hold this mass")
+    min_p: float | None = setting(None, "only ids at least so many times as probable as the best")
+    repetition_penalty: float | None = setting(None, "divides logits of ids seen in prompt or output")
+    presence_penalty: float | None = setting(None, "taken from logits of ids seen in the output")
+    frequency_penalty: float | None = setting(None, "the same, for each time they were seen")
+    logit_bias: tuple[str, ...] = setting((), "added to the logit of an id", metavar="ID=VALUE")
+    stop: tuple[str, ...] = setting((), "end a row before this text", metavar="TEXT")
+    seed: int = setting(0, "of the draws (default 0)")
+    cache: str = setting("dense", "kind of KV cache (default: dense)", metavar="KIND")
+    cache_dtype: str = setting("auto", "of keys and values (default: the model's)", choices=("auto", *FLOATS))
+    max_length: int | None = setting(None, "positions of the cache (default: what is needed)", metavar="S")
+    prefill_chunk: int = setting(512, "prompt tokens a dispatch (default 512)", metavar="T")
+    profile: str | None = setting(None, "write a jax.profiler trace of a few warm steps", metavar="DIR")
+    stream: bool = setting(True, "show the text as it is made; otherwise it is made in one dispatch")
+    json: bool = setting(False, "the report as JSON, on the last line of stdout")
+
+    @property
+    def interactive(self) -> bool:
+        """Whether the user's turns come from stdin."""
+        return self.chat and not (self.prompt or self.prompt_file)
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's."""
+        return self.model or "builtin"
+
+
+def check(args: Settings) -> None:
+    """Refuses what contradicts itself, before anything heavy is imported."""
+    given = [name for name in SOURCES if getattr(args, name) not in ((), None)]
+    if len(given) > 1:
+        raise ValueError(f"--{' and --'.join(map(dashed, given))} contradict each other: give one of them")
+    if not (given or args.chat or args.random_weights):
+        raise ValueError("there is nothing to continue: give --prompt, --prompt-file, --prompt-length or --chat")
+    if "" in args.prompt:
+        raise ValueError(f"prompt {args.prompt.index('') + 1} is empty: give it some text")
+    apart: dict[str, tuple[str, ...]] = {}
+    if args.random_weights:
+        apart["random_weights"] = ("model", "prompt", "prompt_file", "chat", "stop", "sampling_defaults")
+    if args.interactive:
+        apart["chat (without a prompt)"] = ("num_samples", "stream", "json", "profile")
+    if args.chat:
+        apart["chat"] = ("prompt_length",)
+    for flag, others in apart.items():
+        for name in others:
+            usual = getattr(Settings(), name)
+            if getattr(args, name) != usual:
+                other = f"--{'no-' if usual is True else ''}{dashed(name)}"
+                raise ValueError(f"--{dashed(flag)} and {other} contradict each other: leave one of them out")
+    for name in ("num_samples", "max_new_tokens", "prompt_length", "max_length", "prefill_chunk"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{dashed(name)} is {value}: it must be at least 1")
+    most = args.max_new_tokens or (sys.maxsize if args.interactive else NEW_TOKENS)
+    if args.min_new_tokens > most:
+        raise ValueError(f"--min-new-tokens {args.min_new_tokens} is more than --max-new-tokens {most}: lower it")
+    if args.several and args.interactive:
+        raise ValueError("--chat without a prompt reads one process's stdin: give --prompt, or run it in one process")
+    if args.several and args.prompt_file == "-":
+        raise ValueError("--prompt-file - reads one process's stdin: give --prompt, or a file that every process has")
+    if args.profile and most < 1 + 2 * TRACED:
+        raise ValueError(f"--profile needs --max-new-tokens of at least {1 + 2 * TRACED} to get warm, not {most}")
+    biases(args)
+    runtime.check(args)
+
+
+def biases(args: Settings) -> dict[int, float]:
+    """--logit-bias, as `Sampling` takes it."""
+    try:
+        return {int(i): float(x) for i, x in (item.split("=") for item in args.logit_bias)}
+    except ValueError:
+        raise ValueError(f"--logit-bias is {' '.join(args.logit_bias)}: write ID=VALUE, such as 13=-2.5") from None
