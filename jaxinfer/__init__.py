@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what the lazy door below opens, for editors and type checke
     from jaxinfer.mesh import shard as shard
     from jaxinfer.sampling import Sampling as Sampling
     from jaxinfer.sampling import sample as sample
+    from jaxinfer.speculation import speculate as speculate
     from jaxinfer.text import Tokenizer as Tokenizer
     from jaxinfer.weights import load as load
     from jaxinfer.weights import save as save
@@ -48,6 +49,7 @@ ROOM = {  # public name -> the room where it lives
     "decode_step": "decoding",
     "generate": "decoding",
     "stream": "decoding",
+    "speculate": "speculation",
     "sample": "sampling",
     "make_mesh": "mesh",
     "shard": "mesh",

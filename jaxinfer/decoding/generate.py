@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,11 +81,47 @@ def generate(
 
     Raises ValueError for a prompt that is empty, does not fit, or has ids outside the vocabulary.
     """
+    asked = ask(config, ids, num, state, cache, sampling, max_new_tokens, buffer, key, model)
+    return asked.cut(run(params, *asked.arguments, model=asked.model, process=process, buffer=asked.buffer))
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a caller of `generate` or `speculate` wants, checked and laid out for the program."""
+
+    arguments: tuple[Any, ...]  # state, ids, num, sampling, budget, key
+    model: Decoder | Adapted
+    buffer: int
+    rows: int  # without those that a mesh added
+
+    def cut(self, result: Any) -> Any:
+        """A result without the rows that a mesh added; the state keeps them."""
+        if len(result.num) == self.rows:
+            return result
+        return jax.tree.map(lambda x: x[: self.rows], result.replace(state=None)).replace(state=result.state)
+
+
+def ask(
+    config: ModelConfig,
+    ids: Any,
+    num: Any,
+    state: State | None,
+    cache: Cache | None,
+    sampling: Sampling | None,
+    max_new_tokens: Any,
+    buffer: int | None,
+    key: jax.Array | None,
+    model: Model | None,
+    **options: Any,
+) -> Asked:
+    """Checks the arguments of `generate`, makes a cache (with these options) where none was given, pads for a mesh."""
     runner = adapt(model, config)
     ids, num = prompt(ids, num, config)
     if state is not None and cache is not None:
-        raise ValueError("generate got both state= and cache=: a state brings its cache along, give one of them")
+        raise ValueError("got both state= and cache=: a state brings its cache along, give one of them")
     held = state.cache if state is not None else cache
+    if held is None and num is None:
+        raise ValueError("got neither ids nor a state nor a cache: there is nothing to continue")
     rows = held.rows if held is not None else len(num)
     budget = per_row(max_new_tokens, rows, "max_new_tokens")
     if concrete(budget, num):
@@ -94,19 +131,14 @@ def generate(
             raise ValueError("max_new_tokens is traced: give buffer=, the static length of the output")
         buffer = bucket(int(np.max(budget)))
     if state is None:
-        state = State.init(
-            cache if cache is not None else runner.init_cache(rows, room(config, ids, num, budget, buffer))
-        )
-    sampling = (sampling or Sampling(temperature=0.0)).rows(rows, config.vocab_size, config.stop_ids)
-    key = jax.random.key(0) if key is None else key
-    sampling = jax.tree.map(lambda x: idle(state.cache, x)[0], sampling)
+        if cache is None:
+            cache = runner.init_cache(rows, room(config, ids, num, budget, buffer), **options)
+        state = State.init(cache)
+    laid_out = (sampling or Sampling(temperature=0.0)).rows(rows, config.vocab_size, config.stop_ids)
+    laid_out = jax.tree.map(lambda x: idle(state.cache, x)[0], laid_out)
     ids, num, budget = idle(state.cache, ids, num, budget)
-    result = run(params, state, ids, num, sampling, budget, key, model=runner, process=process, buffer=buffer)
-    return (
-        result
-        if len(budget) == rows
-        else jax.tree.map(lambda x: x[:rows], result.replace(state=None)).replace(state=result.state)
-    )
+    key = jax.random.key(0) if key is None else key
+    return Asked((state, ids, num, laid_out, budget, key), runner, buffer, rows)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "process", "buffer"), donate_argnames=("state",))

@@ -61,9 +61,14 @@ class Adapted:
 
     model: Model
 
-    def init_cache(self, rows: int, size: int) -> Cache:
-        """The model's own."""
+    def init_cache(self, rows: int, size: int, **options: Any) -> Cache:
+        """The model's own; it knows what it can take back, so the options are not for it."""
         return self.model.init_cache(rows, size)
+
+    def step(self, params: Any, ids: jax.Array, cache: Cache, step: Step) -> tuple[jax.Array, Cache]:
+        """Scores [B, T, V] of every token, zeros for pads."""
+        scores, cache = self.model.step(params, ids, cache, step)
+        return jnp.where(step.valid[..., None], scores, 0), cache
 
     def last(self, params: Any, ids: jax.Array, cache: Cache, step: Step) -> tuple[jax.Array, Cache]:
         """Scores [B, V] of each row's last valid token."""

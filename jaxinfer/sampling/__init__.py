@@ -10,20 +10,36 @@ controls repeated (`jax.tree.map(lambda x: jnp.repeat(x, J, 0), sampling)`). Fla
 `lax.cond` becomes a select, and then every skipped branch runs.
 """
 
-from jaxinfer.sampling.controls import Bias, Sampling
-from jaxinfer.sampling.draws import ACCEPT, DRAFT, RESIDUAL, TOKEN, choose, logprobs, noise, sample
+from jaxinfer.sampling.controls import GREEDY, Bias, Sampling
+from jaxinfer.sampling.draws import (
+    ACCEPT,
+    DRAFT,
+    RESIDUAL,
+    TOKEN,
+    best_ids,
+    choose,
+    logprobs,
+    noise,
+    sample,
+    uniform,
+)
 from jaxinfer.sampling.processors import process
+from jaxinfer.sampling.split import split
 
 __all__ = [
     "ACCEPT",
     "DRAFT",
+    "GREEDY",
     "RESIDUAL",
     "TOKEN",
     "Bias",
     "Sampling",
+    "best_ids",
     "choose",
     "logprobs",
     "noise",
     "process",
     "sample",
+    "split",
+    "uniform",
 ]

@@ -84,9 +84,34 @@ def choose(
 
 def logprobs(logits: jax.Array, ids: jax.Array) -> jax.Array:
     """log softmax(logits)[ids] in float32, logits [B, V] being the model's own, unprocessed; ids [B] -> [B]."""
-    logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    def local(logits: jax.Array, ids: jax.Array) -> jax.Array:
+        V = logits.shape[-1]
+        own = ids - mesh.start("V", V)
+        here = (own >= 0) & (own < V)
+        logit, top, total = _weights(logits, jnp.where(here, own, 0))
+        facts = jnp.stack([jnp.where(here, logit, 0), here.astype(jnp.float32), top, total], 1)[..., None]
+        logit, here, top, total = jnp.unstack(mesh.gather(facts, "V"), axis=1)
+        peak, mass = _mass(top, total)
+        logit = jnp.where(here.any(-1), jnp.sum(logit, axis=-1), jnp.nan)
+        return logit - peak - jnp.log(mass)
+
+    return split(local, ("BV", "B"), "B", logits, ids)
+
+
+def uniform(key: jax.Array, seed: jax.Array, position: jax.Array, purpose: int) -> jax.Array:
+    """A number in [0, 1) for each row, of 24 bits: for key, seed [B], position [B] and purpose as in `noise`. -> [B]"""
+    words = jax.vmap(_words, in_axes=(None, 0, 0, None))(key, seed, position, purpose)
+    zero = jnp.zeros_like(words[:, 0])
+    high, _ = jax.vmap(threefry2x32_p.bind)(words[:, 0], words[:, 1], zero, zero)
+    return (high >> 8).astype(jnp.float32) * 2.0**-24
+
+
+def best_ids(x: jax.Array) -> jax.Array:
+    """The lowest id of the largest value of each row, x [B, V] being a device's part or the whole. -> [B] int32"""
+    value, own = _best(x)
+    facts = jnp.stack([value, (mesh.start("V", x.shape[-1]) + own).astype(jnp.float32)], 1)[..., None]
+    return _join(mesh.gather(facts, "V"))[0]
 
 
 def _best(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -120,10 +145,15 @@ def _join(parts: jax.Array) -> tuple[jax.Array, jax.Array]:
     if not rest:
         return token, jnp.zeros(token.shape, jnp.float32)
     logit, top, total = rest
-    peak = jnp.max(top, axis=-1, keepdims=True)
-    mass = jnp.sum(total * jnp.where(top == -jnp.inf, 0, jnp.exp(top - peak)), axis=-1)
+    peak, mass = _mass(top, total)
     logit = jnp.sum(jnp.where(ids == chosen, logit, 0), axis=-1)
-    return token, jnp.where(jnp.isnan(best[:, 0]), jnp.nan, logit - peak[:, 0] - jnp.log(mass))
+    return token, jnp.where(jnp.isnan(best[:, 0]), jnp.nan, logit - peak - jnp.log(mass))
+
+
+def _mass(top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of all parts together: the largest logit, and the sum of exp(logit - largest). [B, parts] each -> ([B], [B])"""
+    peak = jnp.max(top, axis=-1)
+    return peak, jnp.sum(total * jnp.where(top == -jnp.inf, 0, jnp.exp(top - peak[:, None])), axis=-1)
 
 
 def _words(key: jax.Array, seed: jax.Array, position: jax.Array, purpose: int) -> jax.Array:
