@@ -5,26 +5,36 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxinfer import mesh
+from jaxinfer import kernels, mesh
 
 
 def linear(x: jax.Array, w: jax.Array, equation: str, bias: jax.Array | None = None, dtype=None) -> jax.Array:
     """The product that `equation` names ("BTD,NHD->BTNH"), summed in float32, in `dtype` (that of x unless given).
 
     Weights keep the checkpoint's [out, in] order, and are multiplied as that matrix: seen as [N, H, D] XLA:CPU would
-    transpose the whole weight first. A lone row is multiplied as two: XLA gives a row of a product the same bits
-    whatever the number of rows beside it, except when it is alone (and on CPU it would first rewrite a bfloat16 weight
-    in float32).
+    transpose the whole weight first. It is multiplied by the kernel that `kernels.choice()` names, or else plainly;
+    either way a row has the same bits whatever the number of rows beside it.
     """
     left, right = equation.split("->")[0].split(",")
     outer = sum(letter not in left for letter in right)
     inner = len(right) - outer
     matrix = w.reshape(math.prod(w.shape[:outer]), -1)
     rows = x.reshape(-1, matrix.shape[1])
-    y = dot(jnp.concatenate([rows, rows]) if len(rows) == 1 else rows, matrix, "MI,OI->MO")
-    y = y[: len(rows)].astype(dtype or x.dtype).reshape(*x.shape[: x.ndim - inner], *w.shape[:outer])
+    kernel = kernels.choice().product(rows, matrix)
+    y = kernel(rows, matrix, plain) if kernel else plain(rows, matrix)
+    y = y.astype(dtype or x.dtype).reshape(*x.shape[: x.ndim - inner], *w.shape[:outer])
     y = mesh.constrain(y, equation.split("->")[1])
     return y if bias is None else y + bias.astype(y.dtype)
+
+
+def plain(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [M, I] times w [O, I] transposed, in float32, as XLA multiplies: what every kernel is compared with.
+
+    A lone row is multiplied as two: XLA gives a row of a product the same bits whatever the number of rows beside it,
+    except when it is alone (and on CPU it would first rewrite a bfloat16 weight in float32).
+    """
+    y = dot(jnp.concatenate([x, x]) if len(x) == 1 else x, w, "MI,OI->MO")
+    return y[: len(x)]
 
 
 def dot(x: jax.Array, y: jax.Array, equation: str) -> jax.Array:

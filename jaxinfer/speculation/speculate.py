@@ -90,10 +90,10 @@ def speculate(
         )
     fresh = state is None and cache is None
     asked = ask(config, ids, num, state, cache, sampling, max_new_tokens, buffer, key, model, max_pending=J + 1)
-    state, ids, *rest = asked.arguments
-    width = ids.shape[1] if fresh and ids is not None else state.tokens.shape[1]
+    begun, ids, *rest = asked.arguments
+    width = ids.shape[1] if fresh else begun.tokens.shape[1]  # of what the draft has to read first
     static = {"model": asked.model, "process": process, "buffer": asked.buffer, "rule": rule, "J": J, "width": width}
-    return asked.cut(run(params, draft, state, ids, *rest, **static))
+    return asked.cut(run(params, draft, begun, ids, *rest, **static))
 
 
 @functools.partial(

@@ -1,4 +1,4 @@
-"""The only room that says cpu, gpu or tpu: what each platform does best, decided once and by name."""
+"""What memory there is, and in which dtype a cache lies in it best."""
 
 from __future__ import annotations
 

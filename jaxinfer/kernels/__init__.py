@@ -1,0 +1,13 @@
+"""The only room that says cpu, gpu or tpu: what each platform does best, decided once and by name.
+
+Every kernel here has a plain twin above, in `ops`, which is the truth it is compared with. `KernelChoice` says which of
+the two is taken:
+
+    with kernels.use(KernelChoice(linear="reference")):  # XLA's product, everywhere
+        logits, cache = forward(params, config, ids, cache)
+"""
+
+from jaxinfer.kernels.choice import KernelChoice, choice, use
+from jaxinfer.kernels.memory import cache_dtype, free_memory, host_memory
+
+__all__ = ["KernelChoice", "cache_dtype", "choice", "free_memory", "host_memory", "use"]

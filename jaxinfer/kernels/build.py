@@ -1,0 +1,112 @@
+"""C++ that ships as source: built on first use, into the user's cache, by whatever compiler there is."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+
+import jax
+import jaxlib.version
+
+SOURCES = pathlib.Path(__file__).parent / "csrc"
+COMPILERS = ("c++", "g++", "clang++")
+# No contraction: where a product and a sum become one rounding is the source's to say, and not to differ by compiler.
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
+AVX2 = ("-mavx2", "-mfma")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl")
+UNITS = {  # each instruction set is a file with flags of its own; which one runs is chosen at run time
+    "linear.cc": (),
+    "portable.cc": (),
+    "avx2.cc": AVX2,
+    "avx512.cc": AVX512,
+    "avx512bf16.cc": (*AVX512, "-mavx512bf16"),
+}
+X86 = ("x86_64", "AMD64")
+TIMEOUT = 300  # seconds
+
+
+class BuildError(Exception):
+    """Why there is no library, in one line."""
+
+
+def library() -> pathlib.Path:
+    """The shared library of this version's sources, built if it is not in the cache yet. BuildError if it cannot be.
+
+    The cache is $XDG_CACHE_HOME/jaxinfer/kernels (~/.cache/...); the name is a hash of the sources, the compiler and
+    its version, the flags and jaxlib's version (whose headers are compiled in), so nothing stale is ever found. Many
+    processes may build at once: each builds apart, and the last to finish replaces the file in one step.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError(f"no C++ compiler was found ({', '.join(COMPILERS)})")
+    try:
+        folder = cache_folder()
+        path = folder / f"{key(compiler)}.so"
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            build(compiler, path)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        raise BuildError(f"it could not be built: {error}") from error
+    return path
+
+
+def find_compiler() -> str | None:
+    """The path of the first C++ compiler on the PATH."""
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
+def cache_folder() -> pathlib.Path:
+    """Where libraries are kept. RuntimeError where the user has no home."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "jaxinfer" / "kernels"
+
+
+def key(compiler: str) -> str:
+    """Names everything that the library depends on."""
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    parts = (done.stdout, platform.machine(), jaxlib.version.__version__, FLAGS, units())
+    digest = hashlib.sha256(repr(parts).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return f"linear-{digest.hexdigest()[:20]}"
+
+
+def units() -> dict[str, tuple[str, ...]]:
+    """The files to compile on this machine, with the flags of each."""
+    return {name: flags for name, flags in UNITS.items() if not flags or platform.machine() in X86}
+
+
+def build(compiler: str, path: pathlib.Path) -> None:
+    """Compiles the units side by side, links them, and puts the library at `path` in one step."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
+        folder = pathlib.Path(scratch)
+        include = f"-I{jax.ffi.include_dir()}"
+        commands = [
+            [compiler, *FLAGS, *flags, include, "-c", str(SOURCES / name), "-o", str(folder / f"{name}.o")]
+            for name, flags in units().items()
+        ]
+        made = folder / path.name
+        link = [compiler, "-shared", "-pthread", *(command[-1] for command in commands), "-o", str(made)]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            done = list(pool.map(run, commands))
+        done += [run(link)] if all(code == 0 for code, _ in done) else []
+        if any(code != 0 for code, _ in done):
+            log = path.with_suffix(".log")
+            log.write_text("\n".join(text for _, text in done))
+            raise BuildError(f"{compiler} failed (see {log})")
+        os.replace(made, path)
+
+
+def run(command: list[str]) -> tuple[int, str]:
+    """(exit code, the command and what it printed)."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return 1, f"{' '.join(command)}\ntook more than {TIMEOUT} s"
+    return done.returncode, f"{' '.join(command)}\n{done.stdout}{done.stderr}"

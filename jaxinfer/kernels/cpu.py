@@ -1,0 +1,103 @@
+"""Products on the CPU: XLA's own rewrite a lone bfloat16 row's weight in float32, and leave half the bandwidth unused.
+
+The kernel (csrc/) is an XLA FFI handler that works on XLA's own threads. It sums in one order, whatever the number of
+rows and threads: a row has the same bits alone and among any others. They may differ between instruction sets.
+
+float32 is multiplied and summed as IEEE says, denormal numbers included. bfloat16 is widened to float32, which is
+exact, and then treated alike, except where the machine has AVX-512 BF16: its vdpbf16ps, at twice the rate, counts
+denormal inputs and sums as zero, as XLA's own product does there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import threading
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.kernels import build
+
+# The number changes with what the handler is given: a program from a persistent cache never calls another version's.
+TARGET = "jaxinfer_linear_v1"
+ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3}
+BEST = -1
+
+_lock = threading.Lock()
+
+
+def linear(x: jax.Array, w: jax.Array, isa: str | None = None, threads: int | None = None) -> jax.Array:
+    """x [M, I] times w [O, I] transposed, both float32 or both bfloat16: [M, O] float32. The bare kernel.
+
+    isa: one of ISAS, for tests; by default the best that the machine has. threads: by default as many as XLA has, or
+    one where the product is small. RuntimeError if there is no kernel. Not differentiable: see `product`.
+    """
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(f"there is no CPU kernel: {reason}")
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32))
+    return call(x, w, isa=np.int32(BEST if isa is None else ISAS[isa]), threads=np.int32(threads or 0))
+
+
+@jax.custom_batching.custom_vmap
+def _rows(x: jax.Array, w: jax.Array) -> jax.Array:
+    return linear(x, w)
+
+
+@_rows.def_vmap
+def _rows_of_a_batch(size: int, batched: list[bool], x: jax.Array, w: jax.Array) -> tuple[jax.Array, bool]:
+    """A batch of x is more rows, which change no bits; a batch of w is multiplied one by one."""
+    if not batched[1]:
+        return _rows(x.reshape(-1, x.shape[-1]), w).reshape(size, -1, w.shape[0]), True
+    if batched[0]:
+        return jax.lax.map(lambda pair: _rows(*pair), (x, w)), True
+    return jax.lax.map(lambda one: _rows(x, one), w), True
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def product(x: jax.Array, w: jax.Array, plain: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """`linear` in programs for the CPU, `plain(x, w)` in those for other platforms. Its derivatives are those of plain.
+
+    In a program that is jitted for a mesh without `jax.set_mesh`, XLA gathers x and w whole first: it cannot split it.
+    """
+    return jax.lax.platform_dependent(x, w, cpu=_rows, default=plain)
+
+
+@product.defjvp
+def _tangent(plain, primals, tangents):
+    (x, w), (dx, dw) = primals, tangents
+    return product(x, w, plain), plain(dx, w) + plain(x, dw)
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this machine has and the kernel knows, best last. BuildError if there is no kernel."""
+    best = ctypes.CDLL(str(build.library())).jaxinfer_best_isa()
+    return tuple(name for name, number in ISAS.items() if number <= best)
+
+
+def unavailable() -> str | None:
+    """Why there is no kernel, or None if there is; builds, loads and registers it the first time it is asked.
+
+    Where that fails, one line (a warning of the logger `jaxinfer`, which is stderr unless configured) says so, once.
+    """
+    with _lock:
+        return _load()
+
+
+@functools.cache
+def _load() -> str | None:
+    try:
+        handle = ctypes.CDLL(str(build.library()))
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handle.jaxinfer_linear), platform="cpu")
+    except (build.BuildError, OSError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        logging.getLogger("jaxinfer").warning(
+            "No CPU kernel: %s. Products go through XLA, at about half the speed; g++ or clang++ would change that.",
+            reason,
+        )
+        return reason
+    return None

@@ -1,0 +1,48 @@
+// Eight lanes, with FMA. Compiled with -mavx2 -mfma.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "tile.h"
+
+namespace {
+
+struct Base {
+  using X = __m256;
+  using V = __m256;
+  static constexpr int WIDTH = 8, ROWS = 3;
+  static V zero() { return _mm256_setzero_ps(); }
+  static V step(V sum, X x, X w) { return _mm256_fmadd_ps(x, w, sum); }
+  static V pair(V a, V b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
+  static F4 sum4(V a, V b, V c, V d) {
+    __m256d ab = _mm256_castps_pd(pair(a, b)), cd = _mm256_castps_pd(pair(c, d));
+    V low = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), high = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+    V all = _mm256_add_ps(low, high);
+    return (F4)_mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+  }
+};
+
+struct Float : Base {
+  using Elem = float;
+  static X load(const float* p) { return _mm256_loadu_ps(p); }
+  static X load_part(const float* p, int n) {
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
+  }
+};
+
+struct Half : Base {
+  using Elem = uint16_t;
+  static X widened(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
+  static X load(const uint16_t* p) { return widened(_mm_loadu_si128((const __m128i*)p)); }
+  static X load_part(const uint16_t* p, int n) {
+    alignas(16) uint16_t part[8] = {};
+    for (int i = 0; i < n; i++) part[i] = p[i];
+    return widened(_mm_load_si128((const __m128i*)part));
+  }
+};
+
+}  // namespace
+
+const Kernel avx2_f32 = Linear<Float>::kernel();
+const Kernel avx2_bf16 = Linear<Half>::kernel();
+#endif

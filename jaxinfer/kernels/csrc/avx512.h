@@ -1,0 +1,25 @@
+// What the two AVX-512 files share: sixteen lanes and their sum.
+#pragma once
+
+#include <immintrin.h>
+
+#include "tile.h"
+
+namespace {
+
+struct Lanes {
+  using V = __m512;
+  static constexpr int ROWS = 6;
+  static V zero() { return _mm512_setzero_ps(); }
+  static V pair(V a, V b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+  static F4 sum4(V a, V b, V c, V d) {
+    __m512d ab = _mm512_castps_pd(pair(a, b)), cd = _mm512_castps_pd(pair(c, d));
+    V low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), high = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+    __m512d all = _mm512_castps_pd(_mm512_add_ps(low, high));
+    __m256 half = _mm256_add_ps(_mm256_castpd_ps(_mm512_castpd512_pd256(all)),
+                                _mm256_castpd_ps(_mm512_extractf64x4_pd(all, 1)));
+    return (F4)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  }
+};
+
+}  // namespace

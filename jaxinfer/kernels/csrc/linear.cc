@@ -1,0 +1,168 @@
+// The XLA FFI handler: which kernel, how many threads, who does which columns.
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+
+#include "linear.h"
+#include "xla/ffi/api/ffi.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t SMALL_BYTES = 256 * 1024;  // of w, and
+constexpr int64_t SMALL_WORK = 1 << 20;      // multiplications, that are done before a second thread wakes up
+constexpr int64_t FEW_ROWS = 32;             // the time goes into reading w
+
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3 };
+
+int32_t best_isa() {
+#if defined(__x86_64__)
+  static const int32_t best = [] {
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return AVX512BF16;
+    return avx512 ? AVX512 : avx2 ? AVX2 : PORTABLE;
+  }();
+  return best;
+#else
+  return PORTABLE;
+#endif
+}
+
+const Kernel& choose(int32_t isa, bool bf16) {
+#if defined(__x86_64__)
+  if (isa == AVX512BF16 && bf16) return avx512bf16_bf16;
+  if (isa >= AVX512) return bf16 ? avx512_bf16 : avx512_f32;
+  if (isa == AVX2) return bf16 ? avx2_bf16 : avx2_f32;
+#endif
+  return bf16 ? portable_bf16 : portable_f32;
+}
+
+// XLA's threads do not all round and flush alike, and bits must not depend on who works them out: IEEE, in every one.
+class Rounding {
+ public:
+#if defined(__x86_64__)
+  Rounding() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~Rounding() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  Rounding() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" ::"r"(uint64_t(0)));
+  }
+  ~Rounding() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+
+ private:
+  uint64_t before_;
+#endif
+};
+
+// One product, cut into blocks of columns that any thread may take. A thread of the pool that comes late finds no block
+// left and touches nothing; the caller waits only for blocks that somebody is at work on, so it cannot wait forever,
+// be the pool busy, or itself one of the pool's threads.
+struct Job {
+  Product product;
+  const Kernel* kernel;
+  int64_t block, blocks;
+  std::atomic<int64_t> next{0}, done{0};
+  std::atomic<bool> failed{false};
+  std::mutex mutex;
+  std::condition_variable finished;
+
+  void work() {
+    int64_t mine = next.fetch_add(1);
+    if (mine >= blocks) return;
+    Rounding rounding;
+    size_t bytes = (kernel->scratch(product) + 63) / 64 * 64;
+    void* scratch = std::aligned_alloc(64, bytes);
+    if (scratch) kernel->prepare(product, scratch);
+    for (; mine < blocks; mine = next.fetch_add(1)) {
+      int64_t begin = mine * block, end = begin + block;
+      if (end > product.outer) end = product.outer;
+      if (scratch)
+        kernel->columns(product, scratch, begin, end);
+      else
+        failed = true;
+      if (done.fetch_add(1) + 1 == blocks) {
+        std::lock_guard<std::mutex> lock(mutex);
+        finished.notify_one();
+      }
+    }
+    std::free(scratch);
+  }
+
+  void wait() {
+    for (int spin = 0; spin < 4000; spin++) {
+      if (done.load() == blocks) return;
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    }
+    std::unique_lock<std::mutex> lock(mutex);
+    finished.wait(lock, [this] { return done.load() == blocks; });
+  }
+};
+
+// isa: -1 for the best. threads: 0 for as many as the pool has, or 1 where that is faster.
+ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y, int32_t isa,
+                  int32_t threads) {
+  auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
+  bool bf16 = w.element_type() == ffi::BF16;
+  if ((!bf16 && w.element_type() != ffi::F32) || x.element_type() != w.element_type())
+    return ffi::Error::InvalidArgument("linear multiplies two float32 or two bfloat16 arrays");
+  if (xs.size() != 2 || ws.size() != 2 || ys.size() != 2 || xs[1] != ws[1] || ys[0] != xs[0] || ys[1] != ws[0])
+    return ffi::Error::InvalidArgument("linear takes x [M, I] and w [O, I], and gives y [M, O]");
+  if (isa > best_isa()) return ffi::Error::InvalidArgument("this machine has no such instruction set");
+  Product p{x.untyped_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0]};
+  if (!p.rows || !p.outer) return ffi::Error::Success();
+  if (!p.inner) {
+    for (int64_t i = 0; i < p.rows * p.outer; i++) p.y[i] = 0;
+    return ffi::Error::Success();
+  }
+
+  auto job = std::make_shared<Job>();
+  job->product = p;
+  job->kernel = &choose(isa < 0 ? best_isa() : isa, bf16);
+  int64_t row_bytes = p.inner * (bf16 ? 2 : 4);
+  bool small = p.outer * row_bytes < SMALL_BYTES && p.rows * p.outer * p.inner < SMALL_WORK;
+  int64_t most = threads > 0 ? threads : small ? 1 : pool.num_threads();
+  // Few rows: blocks of about 256 KiB of w. Many: as large as leaves eight a thread, for each block makes x ready anew.
+  int64_t block = p.rows <= FEW_ROWS ? SMALL_BYTES / row_bytes : 512;
+  if (most > 1 && block > p.outer / (most * 8)) block = p.outer / (most * 8);
+  if (block < 16) block = 16;
+  job->block = (block + COLUMNS - 1) / COLUMNS * COLUMNS;
+  job->blocks = (p.outer + job->block - 1) / job->block;
+  if (most > job->blocks) most = job->blocks;
+  for (int64_t i = 1; i < most; i++) pool.Schedule([job] { job->work(); });
+  job->work();
+  job->wait();
+  if (job->failed) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "linear found no memory for its scratch");
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED int32_t jaxinfer_best_isa() { return best_isa(); }
+EXPORTED XLA_FFI_Error* jaxinfer_linear(XLA_FFI_CallFrame*);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_linear, linear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int32_t>("isa")
+                                  .Attr<int32_t>("threads"));

@@ -1,0 +1,51 @@
+// Four lanes of plain C++ (GCC's vector types, which clang shares): SSE2 on x86, NEON on Arm, anything elsewhere.
+#include "tile.h"
+
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+struct Base {
+  using X = F4;
+  using V = F4;
+  static constexpr int WIDTH = 4;
+#if defined(__aarch64__)
+  static constexpr int ROWS = 6;
+  static V step(V sum, X x, X w) { return (F4)vfmaq_f32((float32x4_t)sum, (float32x4_t)x, (float32x4_t)w); }
+#else
+  static constexpr int ROWS = 3;
+  static V step(V sum, X x, X w) { return sum + x * w; }
+#endif
+  static V zero() { return V{0, 0, 0, 0}; }
+  static F4 sum4(V a, V b, V c, V d) {
+    return F4{(a[0] + a[2]) + (a[1] + a[3]), (b[0] + b[2]) + (b[1] + b[3]), (c[0] + c[2]) + (c[1] + c[3]),
+              (d[0] + d[2]) + (d[1] + d[3])};
+  }
+};
+
+struct Float : Base {
+  using Elem = float;
+  static X load(const float* p) { return *(const F4*)p; }
+  static X load_part(const float* p, int n) {
+    X v = zero();
+    for (int i = 0; i < n; i++) v[i] = p[i];
+    return v;
+  }
+};
+
+struct Half : Base {
+  using Elem = uint16_t;
+  static X load(const uint16_t* p) { return X{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+  static X load_part(const uint16_t* p, int n) {
+    X v = zero();
+    for (int i = 0; i < n; i++) v[i] = widen(p[i]);
+    return v;
+  }
+};
+
+}  // namespace
+
+const Kernel portable_f32 = Linear<Float>::kernel();
+const Kernel portable_bf16 = Linear<Half>::kernel();

@@ -1,0 +1,181 @@
+// The product over any vector type. Included by one file per instruction set, each compiled with its own flags: all is
+// in an anonymous namespace and uses no inline function of a library, so that no linker can mix them up.
+//
+// A Type says: Elem, an element in memory; X, WIDTH of them ready to be multiplied; V, the sums of LANES; ROWS, how
+// many rows of x fit the registers; load, load_part (the rest are zeros), zero, step, sum4.
+#pragma once
+
+#include "linear.h"
+
+namespace {
+
+typedef float F4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+constexpr int64_t CHUNK_BYTES = 2048;    // of one row, ready to be multiplied: ten rows fit the first cache
+constexpr int64_t X_BYTES = 384 * 1024;  // of x, ready to be multiplied: they stay in the second cache
+constexpr int64_t PACKED_ROWS = 24;      // so many rows repay a copy of w's chunks
+constexpr int SECOND_CACHE = 2;          // a prefetch's locality: the first cache is full of what is being multiplied
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+#define EACH(i, n) UNROLL for (int i = 0; i < (n); i++)
+
+template <class T>
+struct Linear {
+  using Elem = typename T::Elem;
+  using X = typename T::X;
+  static constexpr int64_t WIDTH = T::WIDTH, CHUNK = CHUNK_BYTES / sizeof(X);
+
+  static int64_t steps(const Product& p) { return parts(p.inner, WIDTH); }
+  static int64_t tile_rows(int64_t rows) { return parts(rows, parts(rows, T::ROWS)); }
+  // Few rows stay ready over their whole length while w is streamed past them once; many rows are taken by chunks.
+  static bool few(const Product& p) { return p.rows * steps(p) * int64_t(sizeof(X)) <= X_BYTES; }
+  static int64_t block_rows(const Product& p) {
+    if (few(p)) return p.rows;
+    int64_t most = X_BYTES / CHUNK_BYTES;
+    int64_t even = parts(p.rows, parts(p.rows, most));
+    return parts(even, T::ROWS) * T::ROWS;
+  }
+
+  static size_t scratch(const Product& p) {
+    int64_t length = few(p) ? steps(p) : least(steps(p), CHUNK);
+    return size_t(COLUMNS * CHUNK + block_rows(p) * length) * sizeof(X);
+  }
+
+  // Copies elements [start, start + length) of `rows` rows to out [rows / tile, steps, tile].
+  static void pack(const Elem* from, int64_t stride, int64_t rows, int64_t tile, int64_t length, X* out) {
+    int64_t full = length / WIDTH, rest = length % WIDTH;
+    for (int64_t row = 0; row < rows; row += tile) {
+      int64_t here = least(tile, rows - row);
+      for (int64_t r = 0; r < here; r++) {
+        const Elem* source = from + (row + r) * stride;
+        for (int64_t s = 0; s < full; s++) out[s * here + r] = T::load(source + s * WIDTH);
+        if (rest) out[full * here + r] = T::load_part(source + full * WIDTH, int(rest));
+      }
+      out += here * (full + (rest != 0));
+    }
+  }
+
+  // R rows of x times COLUMNS rows of w over one chunk, stored to y or added to it. Meanwhile it asks memory for as much
+  // of the first FETCH rows of `next`.
+  template <int R, bool PACKED, int FETCH>
+  static void tile(const X* x, const X* packed, const Elem* const* w, const Elem* const* next, int64_t length,
+                   bool first, float* y, int64_t stride, int columns) {
+    typename T::V sum[R][COLUMNS];
+    X v[COLUMNS];
+    EACH(r, R) EACH(c, COLUMNS) sum[r][c] = T::zero();
+    int64_t full = PACKED ? parts(length, WIDTH) : length / WIDTH;
+    for (int64_t s = 0; s < full; s++) {
+      EACH(c, COLUMNS) v[c] = PACKED ? packed[s * COLUMNS + c] : T::load(w[c] + s * WIDTH);
+      EACH(c, FETCH) __builtin_prefetch(next[c] + s * WIDTH, 0, SECOND_CACHE);
+      EACH(r, R) {
+        X row = x[s * R + r];
+        EACH(c, COLUMNS) sum[r][c] = T::step(sum[r][c], row, v[c]);
+      }
+    }
+    int rest = PACKED ? 0 : int(length % WIDTH);
+    if (rest) {
+      EACH(c, COLUMNS) v[c] = T::load_part(w[c] + full * WIDTH, rest);
+      EACH(r, R) {
+        X row = x[full * R + r];
+        EACH(c, COLUMNS) sum[r][c] = T::step(sum[r][c], row, v[c]);
+      }
+    }
+    EACH(r, R) {
+      F4 total = T::sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+      float* out = y + r * stride;
+      if (columns == COLUMNS) {
+        *(F4*)out = first ? total : *(F4*)out + total;
+      } else {
+        for (int c = 0; c < columns; c++) out[c] = first ? total[c] : out[c] + total[c];
+      }
+    }
+  }
+
+  using Tile = decltype(&tile<1, false, 0>);
+  template <bool PACKED, int FETCH>
+  static Tile tile_of(int64_t rows) {
+    if constexpr (T::ROWS > 3) {
+      if (rows == 6) return tile<6, PACKED, FETCH>;
+      if (rows == 5) return tile<5, PACKED, FETCH>;
+      if (rows == 4) return tile<4, PACKED, FETCH>;
+    }
+    return rows == 3 ? tile<3, PACKED, FETCH> : rows == 2 ? tile<2, PACKED, FETCH> : tile<1, PACKED, FETCH>;
+  }
+
+  static void rows_of(const Product& p, int64_t o, int64_t start, const Elem* w[COLUMNS]) {
+    for (int c = 0; c < COLUMNS; c++) w[c] = (const Elem*)p.w + least(o + c, p.outer - 1) * p.inner + start;
+  }
+
+  // One chunk of COLUMNS rows of w, from column o on, times `rows` rows of x, which are ready. Where there are few rows
+  // the first tile asks for all that the next strip will read, where there are many each of the first tiles for a row.
+  static void strip(const Product& p, const X* x, X* packed, int64_t row, int64_t rows, int64_t o,
+                    int64_t start) {
+    const Elem *w[COLUMNS], *next[COLUMNS];
+    rows_of(p, o, start, w);
+    rows_of(p, o + COLUMNS, start, next);
+    int64_t length = least(CHUNK * WIDTH, p.inner - start), count = parts(length, WIDTH);
+    bool copied = rows >= PACKED_ROWS;
+    if (copied) {
+      int64_t full = length / WIDTH, rest = length % WIDTH;
+      for (int64_t s = 0; s < full; s++) EACH(c, COLUMNS) packed[s * COLUMNS + c] = T::load(w[c] + s * WIDTH);
+      for (int c = 0; rest && c < COLUMNS; c++)
+        packed[full * COLUMNS + c] = T::load_part(w[c] + full * WIDTH, int(rest));
+    }
+    int64_t high = tile_rows(rows);
+    for (int64_t r = 0, index = 0; r < rows; r += high, index++) {
+      int64_t here = least(high, rows - r);
+      Tile tile = copied ? (index < COLUMNS ? tile_of<true, 1>(here) : tile_of<true, 0>(here))
+                         : (index == 0 ? tile_of<false, COLUMNS>(here) : tile_of<false, 0>(here));
+      tile(x + r * count, packed, w, next + (copied && index < COLUMNS ? index : 0), length, start == 0,
+           p.y + (row + r) * p.outer + o, p.outer, int(least(COLUMNS, p.outer - o)));
+    }
+  }
+
+  static void prepare(const Product& p, void* scratch) {
+    if (!few(p)) return;
+    X* x = (X*)scratch + COLUMNS * CHUNK;
+    for (int64_t start = 0; start < p.inner; start += CHUNK * WIDTH) {
+      int64_t length = least(CHUNK * WIDTH, p.inner - start);
+      pack((const Elem*)p.x + start, p.inner, p.rows, tile_rows(p.rows), length, x + start / WIDTH * p.rows);
+    }
+  }
+
+  static void columns(const Product& p, void* scratch, int64_t begin, int64_t end) {
+    X* packed = (X*)scratch;
+    X* x = packed + COLUMNS * CHUNK;
+    if (few(p)) {
+      for (int64_t o = begin; o < end; o += COLUMNS)
+        for (int64_t start = 0; start < p.inner; start += CHUNK * WIDTH)
+          strip(p, x + start / WIDTH * p.rows, packed, 0, p.rows, o, start);
+      return;
+    }
+    int64_t block = block_rows(p);
+    for (int64_t row = 0; row < p.rows; row += block) {
+      int64_t rows = least(block, p.rows - row);
+      for (int64_t start = 0; start < p.inner; start += CHUNK * WIDTH) {
+        int64_t length = least(CHUNK * WIDTH, p.inner - start);
+        pack((const Elem*)p.x + row * p.inner + start, p.inner, rows, tile_rows(rows), length, x);
+        for (int64_t o = begin; o < end; o += COLUMNS) strip(p, x, packed, row, rows, o, start);
+      }
+    }
+  }
+
+  static constexpr Kernel kernel() { return {scratch, prepare, columns}; }
+};
+
+inline float widen(uint16_t half) {
+  union {
+    uint32_t bits;
+    float value;
+  } u = {uint32_t(half) << 16};
+  return u.value;
+}
+
+}  // namespace

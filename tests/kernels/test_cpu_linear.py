@@ -1,0 +1,244 @@
+"""The CPU product: equal to its plain twin, with the same bits in any company, on every instruction set."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer import kernels, ops, program
+from jaxinfer.kernels import KernelChoice, cpu
+from jaxinfer.ops.linear import plain
+
+pytestmark = pytest.mark.usefixtures("kernels_are_built")
+
+DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+SHAPES = [  # M, I, O
+    (1, 1, 1), (1, 7, 3), (2, 3, 5), (3, 16, 4), (5, 64, 8), (6, 33, 9), (7, 65, 21), (13, 515, 130), (23, 1024, 4),
+    (24, 1025, 31), (70, 515, 33), (1, 4097, 300), (512, 2049, 37), (130, 4100, 6),
+]  # fmt: skip
+ROWS = [*range(1, 14), 18, 23, 24, 25, 31, 32, 33, 64, 70, 129, 200]
+
+
+@pytest.fixture
+def isa(request):
+    if request.param not in cpu.isas():
+        pytest.skip(f"this machine has no {request.param}")
+    return request.param
+
+
+EVERY_ISA = pytest.mark.parametrize("isa", cpu.ISAS, indirect=True)
+
+
+def arrays(shape, dtype, seed=0):
+    rows, inner, outer = shape
+    draw = np.random.default_rng(seed)
+    x, w = draw.standard_normal((rows, inner)), draw.standard_normal((outer, inner))
+    return jnp.asarray(x, dtype), jnp.asarray(w, dtype)
+
+
+def exact(x, w):
+    """(the product, the sum of its terms' sizes) in float64."""
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    return x @ w.T, np.abs(x) @ np.abs(w).T
+
+
+# --- it is the product ---------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@EVERY_ISA
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernel_is_its_plain_twin(shape, dtype, isa):
+    x, w = arrays(shape, dtype)
+    got = cpu.linear(x, w, isa)
+    truth, size = exact(x, w)
+    assert got.dtype == jnp.float32
+    assert (np.abs(got - truth) <= 1e-6 * size).all()
+    assert (np.abs(got - plain(x, w)) <= 2e-6 * size).all()
+
+
+@DTYPES
+def test_every_number_of_rows_is_its_plain_twin(dtype):
+    x, w = arrays((70, 96, 24), dtype)
+    truth, size = exact(x, w)
+    whole = jax.jit(lambda x: [cpu.linear(x[:rows], w) for rows in range(1, 71)])(x)
+    for rows, got in enumerate(whole, 1):
+        assert (np.abs(got - truth[:rows]) <= 1e-6 * size[:rows]).all()
+
+
+@DTYPES
+@EVERY_ISA
+def test_infinities_and_nans_stay_in_their_rows(dtype, isa):
+    x, w = arrays((9, 65, 7), dtype)
+    w = jnp.abs(w) + 1
+    x = x.at[2].set(jnp.inf).at[5, 64].set(-jnp.inf).at[7, 30].set(jnp.nan)
+    got = np.asarray(cpu.linear(x, w, isa))
+    assert (got[2] == np.inf).all() and (got[5] == -np.inf).all() and np.isnan(got[7]).all()
+    rest = [0, 1, 3, 4, 6, 8]
+    np.testing.assert_array_equal(got[rest], cpu.linear(x[jnp.array(rest)], w, isa))
+    assert np.isfinite(got[rest]).all()
+
+
+@DTYPES
+@EVERY_ISA
+def test_denormal_numbers_count_or_count_as_zero_where_it_says_so(dtype, isa):
+    x, w = (np.array(a, np.float64) for a in arrays((5, 48, 9), dtype))
+    x *= 2.0**-130
+    x, w = jnp.asarray(x, dtype), jnp.asarray(w * 2.0**20, dtype)
+    truth, size = exact(np.asarray(x).astype(np.float64), w)
+    error = np.abs(np.asarray(cpu.linear(x, w, isa), np.float64) - truth)
+    lost = dtype == jnp.bfloat16 and isa == "avx512bf16"
+    flushed = np.finfo(np.float32).tiny * np.abs(np.asarray(w, np.float64)).sum(1)  # each input was less than tiny
+    assert (error <= (flushed if lost else 1e-6 * size + np.finfo(np.float32).smallest_subnormal)).all()
+
+
+@DTYPES
+def test_an_empty_product_is_zeros(dtype):
+    for shape in [(0, 5, 3), (3, 0, 2), (3, 4, 0)]:
+        x, w = arrays(shape, dtype)
+        np.testing.assert_array_equal(cpu.linear(x, w), np.zeros((shape[0], shape[2])))
+
+
+def test_what_it_cannot_multiply_is_refused():
+    with pytest.raises(Exception, match="two float32 or two bfloat16"):
+        cpu.linear(jnp.ones((2, 3)), jnp.ones((4, 3), jnp.bfloat16))
+    with pytest.raises(Exception, match=r"x \[M, I\] and w \[O, I\]"):
+        cpu.linear(jnp.ones((2, 3)), jnp.ones((4, 5)))
+
+
+# --- a row's bits are its own --------------------------------------------------------------------------------------
+
+
+@DTYPES
+@EVERY_ISA
+def test_a_row_has_the_same_bits_whatever_the_number_of_rows(dtype, isa):
+    x, w = arrays((512, 1093, 43), dtype)
+    whole = np.asarray(cpu.linear(x, w, isa))
+    for rows, got in zip(ROWS, jax.jit(lambda x: [cpu.linear(x[-n:], w, isa) for n in ROWS])(x), strict=True):
+        np.testing.assert_array_equal(got, whole[-rows:])
+
+
+@DTYPES
+@EVERY_ISA
+@pytest.mark.parametrize("rows", [1, 5, 300])
+def test_a_row_has_the_same_bits_whatever_the_number_of_threads(rows, dtype, isa):
+    x, w = arrays((rows, 1093, 203), dtype)
+    alone = np.asarray(cpu.linear(x, w, isa, threads=1))
+    for threads in (None, 2, 3, 7, 64):
+        for _ in range(3):
+            np.testing.assert_array_equal(cpu.linear(x, w, isa, threads), alone)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 33])
+def test_a_lone_row_of_linear_has_the_bits_it_has_in_a_batch(rows, dtype):
+    x = jax.random.normal(jax.random.key(0), (rows, 1, 165), dtype)
+    w = jax.random.normal(jax.random.key(1), (3, 7, 165), dtype)
+    product = jax.jit(lambda x: ops.linear(x, w, "BTD,NHD->BTNH"))
+    whole = product(x)
+    assert kernels.choice().product(x[:, 0], w[0]) is not None
+    for row in range(rows):
+        np.testing.assert_array_equal(product(x[row : row + 1])[0], whole[row])
+
+
+# --- it lives with JAX's transformations ---------------------------------------------------------------------------
+
+
+def loss(x, w):
+    return jnp.sum(jnp.sin(ops.linear(x, w, "BTD,NHD->BTNH", dtype=jnp.float32)))
+
+
+def both(function, *args):
+    """(with the kernel, with the plain product)."""
+    got = jax.jit(function)(*args)
+    with kernels.use(KernelChoice(linear="reference")):
+        return got, jax.jit(function)(*args)
+
+
+def close(pair, tolerance=2e-5):
+    for got, wanted in zip(jax.tree.leaves(pair[0]), jax.tree.leaves(pair[1]), strict=True):
+        assert got.dtype == wanted.dtype
+        np.testing.assert_allclose(np.float64(got), np.float64(wanted), rtol=tolerance, atol=tolerance)
+
+
+def example(dtype, rows=3):
+    x = jax.random.normal(jax.random.key(0), (rows, 2, 35), dtype)
+    return x, jax.random.normal(jax.random.key(1), (3, 7, 35), dtype) / 6
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 3])
+def test_its_gradient_is_the_plain_products(rows, dtype):
+    x, w = example(dtype, rows)
+    tolerance = 2e-5 if dtype == jnp.float32 else 2e-2
+    close(both(jax.value_and_grad(loss, (0, 1)), x, w), tolerance)
+    close(both(jax.grad(jax.checkpoint(loss), (0, 1)), x, w), tolerance)
+    close(both(lambda x, w: jax.jvp(loss, (x, w), (x, w)), x, w), tolerance)
+
+
+def test_its_second_derivative_is_the_plain_products():
+    x, w = example(jnp.float32)
+    close(both(lambda x, w: jax.jvp(jax.grad(loss), (x, w), (x, w)), x, w))
+
+
+@DTYPES
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=["x", "w", "both"])
+def test_a_batch_of_products_is_each_of_them(axes, dtype):
+    xs, ws = (jnp.stack([a, 2 * a, a - 1]) for a in example(dtype))
+    one = functools.partial(ops.linear, equation="BTD,NHD->BTNH")
+    x, w = (a if axis == 0 else a[0] for a, axis in zip((xs, ws), axes, strict=True))
+    got = jax.jit(jax.vmap(one, axes))(x, w)
+    for i in range(3):
+        pair = (a[i] if axis == 0 else a for a, axis in zip((x, w), axes, strict=True))
+        np.testing.assert_array_equal(got[i], one(*pair))
+
+
+def test_a_batch_of_gradients_is_each_of_them():
+    x, w = example(jnp.float32)
+    xs = jnp.stack([x, 2 * x])
+    got = jax.jit(jax.vmap(jax.grad(loss, (0, 1)), (0, None)))(xs, w)
+    for i in range(2):
+        close(([g[i] for g in got], jax.grad(loss, (0, 1))(xs[i], w)))
+
+
+@DTYPES
+def test_it_runs_inside_loops(dtype):
+    x, w = example(dtype)
+    w = w.reshape(21, 35)[:, :21]
+    x = x[..., :21]
+
+    def step(x, _):
+        return ops.linear(x, w, "BTD,FD->BTF"), None
+
+    looped = jax.lax.while_loop(lambda c: c[0] < 4, lambda c: (c[0] + 1, step(c[1], None)[0]), (0, x))[1]
+    scanned = jax.jit(lambda x: jax.lax.scan(step, x, length=4)[0])(x)
+    for _ in range(4):
+        x = step(x, None)[0]
+    np.testing.assert_array_equal(looped, x)
+    np.testing.assert_array_equal(scanned, x)
+
+
+# --- the programs --------------------------------------------------------------------------------------------------
+
+
+def lowered(dtype, rows=1):
+    shapes = jax.ShapeDtypeStruct((rows, 64), dtype), jax.ShapeDtypeStruct((96, 64), dtype)
+    return jax.jit(lambda x, w: ops.linear(x, w, "BD,OD->BO", dtype=jnp.float32)), shapes
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_program_is_one_call_and_moves_what_it_reads_and_writes(dtype, rows):
+    function, shapes = lowered(dtype, rows)
+    compiled = function.lower(*shapes).compile()
+    assert program.kernels(compiled) == {"custom-call": 1}
+    assert program.bytes_moved(compiled) == (rows * 64 + 96 * 64) * jnp.dtype(dtype).itemsize + rows * 96 * 4
+    assert cpu.TARGET in compiled.as_text()
+
+
+def test_a_program_for_another_platform_has_the_plain_product():
+    function, shapes = lowered(jnp.float32)
+    there = jax.export.export(function, platforms=["cuda"])(*shapes).mlir_module()
+    assert cpu.TARGET not in there and "stablehlo.dot_general" in there
