@@ -1,9 +1,11 @@
 """What every test shares."""
 
+import gc
 import os
 import pathlib
 import sys
 
+import jax
 import pytest
 
 from jaxinfer.testing import emulate_devices
@@ -14,6 +16,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the network wou
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "gpu" not in sys.argv:  # `-m gpu` runs on the devices that there are
     emulate_devices(8)
+
+
+MAPS = pathlib.Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True)
+def few_mappings():
+    """Every program that XLA:CPU compiles maps memory, and a process may have 65530 maps: past that XLA crashes."""
+    yield
+    if MAPS.is_file() and MAPS.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

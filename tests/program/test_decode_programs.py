@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxinfer import cache as caches
-from jaxinfer import ops, program, roofline
+from jaxinfer import kernels, ops, program, roofline
 from jaxinfer.decoding import Decoder, State, decode_step
 from jaxinfer.decoding.generate import run
 from jaxinfer.models import param_shapes
@@ -32,15 +32,30 @@ def shapes(config, rows, size=SIZE):
     return param_shapes(config), cache, jax.ShapeDtypeStruct((rows,), jnp.int32)
 
 
-@functools.cache
+@pytest.fixture(autouse=True, params=["auto", "reference"])
+def products(request):
+    """Every law holds with the platform's kernel and with XLA's own products, on which GPUs and meshes live."""
+    with kernels.use(kernels.KernelChoice(linear=request.param)):
+        yield
+
+
 def step_program(config, rows, step=decode_step):
+    return compiled_step(kernels.choice(), config, rows, step)
+
+
+def loop_program(config, rows, prompt=0, loop=run):
+    """The program of `generate`, which first takes in a prompt of so many tokens."""
+    return compiled_loop(kernels.choice(), config, rows, prompt, loop)
+
+
+@functools.cache
+def compiled_step(_, config, rows, step):
     params, cache, ids = shapes(config, rows)
     return step.lower(params, config, ids, cache).compile()
 
 
 @functools.cache
-def loop_program(config, rows, prompt=0, loop=run):
-    """The program of `generate`, which first takes in a prompt of so many tokens."""
+def compiled_loop(_, config, rows, prompt, loop):
     params, cache, budget = shapes(config, rows)
     state = jax.eval_shape(State.init, cache)
     sampling = Sampling(temperature=0.8, top_p=0.9, top_k=40).rows(rows, config.vocab_size, (2,))
