@@ -28,6 +28,15 @@ FILTERED = {
 }
 
 
+@pytest.fixture(autouse=True)
+def quickly_compiled():
+    """Without most optimizations: half of the time, and the laws are the same."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @struct.dataclass
 class Guess:
     """The example of the protocol: says the newest token again; on the second row nothing."""
