@@ -173,6 +173,22 @@ def _map(f: Callable[[str, Any, str], Any], tree: Any, letters: Any) -> Any:
     )
 
 
+def local_bytes(shapes: Any, letters: Any, mesh: Mesh | None = None) -> int:
+    """Bytes that this process's devices hold of arrays with these shapes, on `mesh` (the ambient one unless given).
+
+    A device that holds a copy counts like one that holds a part. Without a mesh there is one device, which holds all.
+    """
+    mesh = mesh if mesh is not None else concrete()
+
+    def held(path: str, x: Any, word: str) -> int:
+        if mesh is None:
+            return math.prod(x.shape) * x.dtype.itemsize
+        home = NamedSharding(mesh, spec(word, path, mesh))
+        return math.prod(home.shard_shape(x.shape)) * x.dtype.itemsize * len(home.addressable_devices)
+
+    return sum(jax.tree.leaves(_map(held, shapes, letters)))
+
+
 def fetch(tree: Any) -> Any:
     """The arrays of a tree as numpy, whole, on every process: all of them call this, in the same order."""
 

@@ -125,15 +125,15 @@ def random_weights(path: str, dtype: str) -> Model:
     if dtype not in FLOATS:
         raise ValueError(f"{path} has dtype {dtype!r}: set --dtype to one of {', '.join(FLOATS)}")
     # a number is no text, so no id ends it
-    config = jaxinfer.models.config_from_hf(raw).replace(dtype=dtype, stop_ids=())
-    config = jaxinfer.models.arrange_config(config)
-    need = jaxinfer.roofline.weight_bytes(config) // jax.process_count()
+    models = jaxinfer.models
+    config = models.arrange_config(models.config_from_hf(raw).replace(dtype=dtype, stop_ids=()))
+    need = jaxinfer.mesh.local_bytes(models.param_shapes(config), models.letters(config))
     free = jaxinfer.kernels.free_memory()
     if free is not None and need > free:
         raise ValueError(
             f"{path} needs {size(need)} for its weights but {size(free)} are free: take fewer layers or a smaller dtype"
         )
-    params = jaxinfer.models.init_params(config, jax.random.key(0), dtype)
+    params = models.init_params(config, jax.random.key(0), dtype)
     return Model(pathlib.Path(path).stem, jax.block_until_ready(params), config, Numbers())
 
 

@@ -35,13 +35,20 @@ def init_cache(
     Raises ValueError for an unknown kind, a size that no token fits in, and a cache that the free memory cannot hold.
     """
     options = {"dtype": dtype, "max_rewind": max_rewind, "max_pending": max_pending}
-    needed, free = cache_bytes(config, rows, size, kind, **options), kernels.free_memory()
-    if free is not None and needed > free and not isinstance(jnp.zeros(()), Tracer):
+    if not isinstance(jnp.zeros(()), Tracer):
+        check_memory(config, rows, size, kind, **options)
+    return empty_cache(config, rows, size, kind, **options)
+
+
+def check_memory(config: ModelConfig, rows: int, size: int, kind: str, **options) -> None:
+    """Refuses a cache of which this process's free memory cannot hold its part."""
+    shapes = jax.eval_shape(lambda: empty_cache(config, rows, size, kind, **options))
+    needed, free = mesh.local_bytes(shapes, shapes.letters()), kernels.free_memory()
+    if free is not None and needed > free:
         raise ValueError(
             f"a cache of {rows} x {size} tokens needs {needed / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free: "
             "ask for fewer rows, a smaller size or a smaller dtype"
         )
-    return empty_cache(config, rows, size, kind, **options)
 
 
 def cache_bytes(config: ModelConfig, rows: int, size: int, kind: str = "dense", **options) -> int:

@@ -10,35 +10,46 @@ Params and files are canonical; what is arranged is worked out from the config a
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfer import mesh as meshes
 from jaxinfer.config import LayerSpec, ModelConfig
-from jaxinfer.models.params import letters
+from jaxinfer.models.params import letters, param_shapes
 
 Sources = dict[str, np.ndarray]  # letter -> for each arranged index the canonical one, -1 for zeros
+Moves = tuple[tuple[int, tuple[int, ...]], ...]  # (axis, where each of its indices comes from; -1: zeros)
 
 
 def arrange(params: dict[str, Any], config: ModelConfig, mesh: Any = None) -> tuple[dict[str, Any], ModelConfig]:
     """The params and config for a mesh (the ambient one unless given); themselves where everything divides."""
     other = arrange_config(config, mesh)
-    return (params, config) if other is config else (remap(params, config, sources(other)), other)
+    if other is config:
+        return params, config
+    words = letters(config)
+    return settle(params, words, jax.tree.map(lambda _: None, words), sources(other)), other
 
 
 def canonical(params: dict[str, Any], config: ModelConfig) -> tuple[dict[str, Any], ModelConfig]:
-    """The params and config as files have them: what `arrange` was given."""
+    """The params and config as files have them: what `arrange` was given. On a mesh they are split over it still."""
     if config.canonical is None:
         return params, config
-    back = [
-        {letter: np.array([np.flatnonzero(a == i)[0] for i in range(a.max() + 1)]) for letter, a in table.items()}
-        for table in sources(config)
-    ]
-    return remap(params, config, back), config.canonical
+    words, before = letters(config), config.canonical
+
+    def home(keys: Any, x: Any, word: str, shape: Any) -> Any:
+        where = getattr(x, "sharding", None)
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        return resting(shape.shape, word, path, where.mesh) if isinstance(where, NamedSharding) else None
+
+    homes = jax.tree_util.tree_map_with_path(home, params, words, param_shapes(before))
+    back = [{letter: inverse(table) for letter, table in tables.items()} for tables in sources(config)]
+    return settle(params, words, homes, back), before
 
 
 def arrange_config(config: ModelConfig, mesh: Any = None) -> ModelConfig:
@@ -95,23 +106,73 @@ def padded(old: int, new: int) -> np.ndarray:
     return np.where(np.arange(new) < old, np.arange(new), -1)
 
 
-def remap(params: dict[str, Any], config: ModelConfig, tables: list[Sources]) -> dict[str, Any]:
-    """Each array with the indices of its letters taken from the tables."""
-    words = letters(config)
-    *layers, model = tables
+def inverse(table: np.ndarray) -> np.ndarray:
+    """For each canonical index the first that holds it."""
+    return np.array([np.flatnonzero(table == i)[0] for i in range(table.max() + 1)])
 
-    def leaf(table: Sources, x: jax.Array, word: str) -> jax.Array:
-        for axis, letter in enumerate(word):
-            if letter in table and not np.array_equal(table[letter], np.arange(x.shape[axis])):
-                x = take(x, table[letter], axis)
+
+def settle(params: Any, words: Any, homes: Any, tables: list[Sources] | None) -> Any:
+    """Every array with the indices of its letters taken from the tables, where it is to be."""
+    *layers, model = tables or [{}] * (len(params["layers"]) + 1)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    rest = zip(structure.flatten_up_to(words), structure.flatten_up_to(homes), strict=True)
+    settled = []
+    del params  # only `leaves` holds them now, and lets go of each
+    for (keys, x), (word, home) in zip(drained(leaves), rest, strict=True):
+        table = layers[keys[1].idx] if getattr(keys[0], "key", None) == "layers" else model
+        settled.append(moved(x, word, home, table))
+        del x
+    return jax.tree.unflatten(structure, settled)
+
+
+def drained(items: list[Any]) -> Any:
+    """The items one by one, each dropped from the list when it is given."""
+    items.reverse()
+    while items:
+        yield items.pop()
+
+
+def moved(x: Any, word: str, home: Any, table: Sources) -> Any:
+    """One array, arranged and at home (None: where the operations leave it)."""
+    moves = moves_of(word, table, x.shape)
+    if not moves:
+        return x if home is None or getattr(x, "sharding", None) == home else jax.device_put(x, home)
+    if not isinstance(home, NamedSharding):
+        for axis, source in moves:
+            x = take(x, np.array(source), axis)
         return x
+    with jax.set_mesh(home.mesh):  # pyright: ignore[reportArgumentType]
+        return jax.device_put(taken(x, moves, home), home)
 
-    new = [
-        jax.tree.map(lambda x, word, table=table: leaf(table, x, word), p, w)
-        for table, p, w in zip(layers, params["layers"], words.pop("layers"), strict=True)
-    ]
-    rest = {name: value for name, value in params.items() if name != "layers"}
-    return jax.tree.map(lambda x, word: leaf(model, x, word), rest, words) | {"layers": tuple(new)}
+
+def moves_of(word: str, table: Sources, shape: tuple[int, ...]) -> Moves:
+    """What a table asks of an array with these letters, hashable."""
+    return tuple(
+        (axis, tuple(table[letter].tolist()))
+        for axis, letter in enumerate(word)
+        if letter in table and not np.array_equal(table[letter], np.arange(shape[axis]))
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("moves", "home"))
+def taken(x: jax.Array, moves: Moves, home: NamedSharding) -> jax.Array:
+    """x with these indices along these axes, on its mesh."""
+    for axis, source in moves:
+        x = take(x, np.array(source), axis)
+    return jax.lax.with_sharding_constraint(x, home)
+
+
+def resting(shape: tuple[int, ...], word: str, path: str, mesh: Any) -> NamedSharding:
+    """Where a canonical array lies on a mesh: as its letters say; an axis that does not divide splits another one."""
+    axes = list(meshes.spec(word, path, mesh))
+    for place, axis in enumerate(axes):
+        if axis is None or shape[place] % mesh.shape[axis] == 0:
+            continue
+        axes[place] = None
+        free = [i for i, size in enumerate(shape) if i != place and axes[i] is None and size % mesh.shape[axis] == 0]
+        if free:
+            axes[max(free, key=lambda i: shape[i])] = axis
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def take(x: Any, source: np.ndarray, axis: int) -> Any:

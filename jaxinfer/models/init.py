@@ -12,10 +12,8 @@ import numpy as np
 
 from jaxinfer import mesh
 from jaxinfer.config import ModelConfig
-from jaxinfer.models.arrange import Sources, sources, take
+from jaxinfer.models.arrange import Moves, moves_of, sources, take
 from jaxinfer.models.params import letters, param_shapes
-
-Moves = tuple[tuple[int, tuple[int, ...]], ...]  # (axis, where each of its indices comes from; -1: zeros)
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype=None, scale: float | None = None) -> dict[str, Any]:
@@ -36,18 +34,20 @@ def init_params(config: ModelConfig, key: jax.Array, dtype=None, scale: float | 
         deviation = 0.0 if name == "scale" or name.endswith("bias") else inner**-0.5 if scale is None else scale
         mean = float(1 - plain.norm.offset) if name == "scale" else 0.0
         return normal(
-            jax.random.fold_in(key, index), shape.shape, shape.dtype, mean, deviation, word, name, moves(word, table)
+            jax.random.fold_in(key, index),
+            shape.shape,
+            shape.dtype,
+            mean,
+            deviation,
+            word,
+            name,
+            moves_of(word, table, shape.shape),
         )
 
     arrays = [
         draw(index, path, word, leaf) for index, ((path, leaf), word) in enumerate(zip(leaves, words, strict=True))
     ]
     return jax.tree_util.tree_unflatten(treedef, arrays)
-
-
-def moves(word: str, table: Sources) -> Moves:
-    """What the table asks of an array with these letters, hashable."""
-    return tuple((axis, tuple(table[letter].tolist())) for axis, letter in enumerate(word) if letter in table)
 
 
 @functools.partial(jax.jit, static_argnums=range(1, 8))

@@ -62,8 +62,8 @@ def read_model(
     mesh = mesh if mesh is not None else meshes.concrete()
     if mesh is not None:
         config = models.arrange_config(config, mesh)
+    check_memory(config, mesh)
     places = slots(config, mesh)
-    check_memory(places)
     tree: dict[str, Any] = {}
     for tensor, stored in found:
         for path, array in read_arrays(checkpoint, stored, tensor, places):

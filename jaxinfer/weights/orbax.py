@@ -11,7 +11,6 @@ array is read. How the directory changes in one step is told in `versions`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import math
@@ -23,12 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxinfer import mesh as meshes
 from jaxinfer import models
 from jaxinfer.config import ModelConfig
-from jaxinfer.models.arrange import Sources, sources, take
+from jaxinfer.models.arrange import resting, settle, sources
 from jaxinfer.models.names import Path
 from jaxinfer.weights import versions
 from jaxinfer.weights.config_json import config_from_json, config_to_json
@@ -36,7 +35,7 @@ from jaxinfer.weights.export import Later
 from jaxinfer.weights.files import copy_files, origin
 from jaxinfer.weights.huggingface import FLOATS
 from jaxinfer.weights.safetensors import read_json
-from jaxinfer.weights.shards import check_memory, slots
+from jaxinfer.weights.shards import check_memory
 
 NOTES, ARRAYS = "jaxinfer.json", "arrays"
 FORMAT, VERSION = "jaxinfer sharded checkpoint", 1
@@ -74,7 +73,7 @@ def save(directory: str | os.PathLike[str], params: Any, config: ModelConfig, to
     directory that holds something else, files that cannot be read, and params that do not fit the config.
     """
     library()
-    params, config = canonical(params, config)
+    params, config = models.canonical(params, config)
     check_params(params, config)
     write(directory, params, config, tokenizer)
 
@@ -338,7 +337,7 @@ def restore(directory: pathlib.Path, dtype: Any = None, mesh: Mesh | None = None
     mesh = mesh if mesh is not None else meshes.concrete()
     tree = models.param_shapes(config)
     keys = jax.tree.unflatten(jax.tree.structure(tree), list(flat(tree)))
-    check_memory(slots(config if mesh is None else models.arrange_config(config, mesh), mesh))
+    check_memory(config if mesh is None else models.arrange_config(config, mesh), mesh)
     if mesh is None:
         home = SingleDeviceSharding(jnp.zeros(()).device)
         wanted = jax.tree.map(lambda key, leaf: ask(checkpoint, key, leaf, dtype, home), keys, tree)
@@ -358,87 +357,3 @@ def restore(directory: pathlib.Path, dtype: Any = None, mesh: Mesh | None = None
 def ask(checkpoint: Sharded, key: str, leaf: Any, dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     """An array as it is wanted."""
     return jax.ShapeDtypeStruct(leaf.shape, dtype or checkpoint.stored[key].dtype, sharding=sharding)
-
-
-# --- between canonical and arranged ------------------------------------------------------------------------------
-
-
-def resting(shape: tuple[int, ...], word: str, path: str, mesh: Any) -> NamedSharding:
-    """Where a canonical array lies on a mesh: as its letters say; an axis that does not divide splits another one."""
-    axes = list(meshes.spec(word, path, mesh))
-    for place, axis in enumerate(axes):
-        if axis is None or shape[place] % mesh.shape[axis] == 0:
-            continue
-        axes[place] = None
-        free = [i for i, size in enumerate(shape) if i != place and axes[i] is None and size % mesh.shape[axis] == 0]
-        if free:
-            axes[max(free, key=lambda i: shape[i])] = axis
-    return NamedSharding(mesh, PartitionSpec(*axes))
-
-
-def canonical(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
-    """`models.canonical`, one array at a time; on a mesh the result is split over it all the same."""
-    if config.canonical is None:
-        return params, config
-    words, before = models.letters(config), config.canonical
-    keys = jax.tree.unflatten(jax.tree.structure(words), list(flat(words)))
-
-    def home(key: str, x: Any, word: str, leaf: Any) -> Any:
-        where = getattr(x, "sharding", None)
-        return resting(leaf.shape, word, key, where.mesh) if isinstance(where, NamedSharding) else None
-
-    homes = jax.tree.map(home, keys, params, words, models.param_shapes(before))
-    back = [{letter: inverse(table) for letter, table in tables.items()} for tables in sources(config)]
-    return settle(params, words, homes, back), before
-
-
-def inverse(table: np.ndarray) -> np.ndarray:
-    """For each canonical index the first that holds it."""
-    return np.array([np.flatnonzero(table == i)[0] for i in range(table.max() + 1)])
-
-
-def settle(params: Any, words: Any, homes: Any, tables: list[Sources] | None) -> Any:
-    """Every array with the indices of its letters taken from the tables, where it is to be."""
-    *layers, model = tables or [{}] * (len(params["layers"]) + 1)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    rest = zip(structure.flatten_up_to(words), structure.flatten_up_to(homes), strict=True)
-    settled = []
-    del params  # only `leaves` holds them now, and lets go of each
-    for (keys, x), (word, home) in zip(drained(leaves), rest, strict=True):
-        table = layers[keys[1].idx] if getattr(keys[0], "key", None) == "layers" else model
-        settled.append(moved(x, word, home, table))
-        del x
-    return jax.tree.unflatten(structure, settled)
-
-
-def drained(items: list[Any]) -> Any:
-    """The items one by one, each dropped from the list when it is given."""
-    items.reverse()
-    while items:
-        yield items.pop()
-
-
-def moved(x: Any, word: str, home: Any, table: Sources) -> Any:
-    """One array, arranged and at home."""
-    moves = tuple(
-        (axis, tuple(table[letter].tolist()))
-        for axis, letter in enumerate(word)
-        if letter in table and not np.array_equal(table[letter], np.arange(x.shape[axis]))
-    )
-    if not moves:
-        return x if home is None or getattr(x, "sharding", None) == home else jax.device_put(x, home)
-    if not isinstance(home, NamedSharding):
-        for axis, source in moves:
-            x = take(x, np.array(source), axis)
-        return x
-    mesh: Any = home.mesh
-    with jax.set_mesh(mesh):
-        return jax.device_put(taken(x, moves, home), home)
-
-
-@functools.partial(jax.jit, static_argnames=("moves", "home"))
-def taken(x: jax.Array, moves: tuple[tuple[int, tuple[int, ...]], ...], home: NamedSharding) -> jax.Array:
-    """x with these indices along these axes, on its mesh."""
-    for axis, source in moves:
-        x = take(x, np.array(source), axis)
-    return jax.lax.with_sharding_constraint(x, home)

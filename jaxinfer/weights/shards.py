@@ -40,14 +40,6 @@ class Slot:
     table: Sources  # letter -> for each index the canonical one, -1 for zeros; a letter that is not in it is as stored
     sharding: NamedSharding | None  # None: the default device
 
-    @property
-    def bytes(self) -> int:
-        """What it takes on all devices of this process."""
-        if self.sharding is None:
-            return math.prod(self.shape) * self.dtype.itemsize
-        shard = math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
-        return shard * len(self.sharding.addressable_devices)
-
     def owners(self) -> dict[tuple[tuple[int, int], ...], list[Any]]:
         """Each distinct slice, a (begin, end) for every dimension, with the devices of this process that hold it."""
         if self.sharding is None:
@@ -102,9 +94,9 @@ def slots(config: ModelConfig, mesh: Mesh | None) -> dict[Path, Slot]:
     return found
 
 
-def check_memory(found: dict[Path, Slot]) -> None:
-    """Refuses weights that this process's free memory cannot hold."""
-    needed, free = sum(slot.bytes for slot in found.values()), kernels.free_memory()
+def check_memory(config: ModelConfig, mesh: Mesh | None) -> None:
+    """Refuses weights of a config, arranged for the mesh, that this process's free memory cannot hold."""
+    needed, free = meshes.local_bytes(param_shapes(config), letters(config), mesh), kernels.free_memory()
     if free is not None and needed > free:
         raise ValueError(
             f"the weights need {needed / 1e9:.2f} GB of this process's memory, {free / 1e9:.2f} GB are free: "
