@@ -77,7 +77,8 @@ def generate(
     buffer: length of the output, static; by default the next rung of a ladder over max(max_new_tokens).
     key: of all draws, which are then keyed by each row's seed and position; `jax.random.key(0)` by default.
     model: another model than the decoder of `config` (see `Model`). process: (logits [B, V], state) -> logits, before
-        the processors of `sampling`. Both are static: give the same object to compile once.
+        the processors of `sampling`; its rows are those of the state, with the idle ones that a mesh has added. Both
+        are static: give the same object to compile once.
 
     Raises ValueError for a prompt that is empty, does not fit, or has ids outside the vocabulary.
     """
@@ -156,38 +157,56 @@ def run(
     buffer: int,
 ) -> Result:
     """The program: takes in ids, if any, then steps until every row is done."""
+    budget = jnp.minimum(budget, buffer)
+
+    def body(result: Result) -> Result:
+        now, state = active(result, budget), result.state
+        step = state.cache.step(now.astype(jnp.int32), 1)
+        scores, cache = model.last(params, state.newest[:, None], state.cache, step)
+        state = state.replace(cache=cache.advance(step.num))
+        token, logprob = draw(scores, state, sampling, key, process, model.vocab)
+        return emit(result.replace(state=state), token, logprob, sampling, budget, now)
+
+    start = begin(model, params, state, ids, num, buffer)
+    return jax.lax.while_loop(lambda result: active(result, budget).any(), body, start).placed()
+
+
+def begin(
+    model: Decoder | Adapted, params: Any, state: State, ids: jax.Array | None, num: jax.Array | None, buffer: int
+) -> Result:
+    """What a loop starts with: ids are taken in, if there are any, and nothing is made yet."""
     if ids is not None and num is not None:
         state = read(model, params, state, ids, num)
-    budget = jnp.minimum(budget, buffer)
     rows = state.length.shape[0]
-    start = Result(
+    return Result(
         ids=jnp.full((rows, buffer), -1, jnp.int32),
         num=jnp.zeros(rows, jnp.int32),
         logprobs=jnp.zeros((rows, buffer), jnp.float32),
         state=state.resume(),
     ).placed()
 
-    def active(result: Result) -> jax.Array:
-        return (result.finish == RUNNING) & (result.num < budget)
 
-    def body(result: Result) -> Result:
-        now, state = active(result), result.state
-        step = state.cache.step(now.astype(jnp.int32), 1)
-        scores, cache = model.last(params, state.newest[:, None], state.cache, step)
-        state = state.replace(cache=cache.advance(step.num))
-        token, logprob = draw(scores, state, sampling, key, process)
-        return emit(result.replace(state=state), token, logprob, sampling, budget, now)
-
-    return jax.lax.while_loop(lambda result: active(result).any(), body, start).placed()
+def active(result: Result, budget: jax.Array) -> jax.Array:
+    """[B] bool: the rows that are still to get tokens."""
+    return (result.state.finish == RUNNING) & (result.num < budget)
 
 
 def draw(
-    scores: jax.Array, state: State, sampling: Sampling, key: jax.Array, process: Process | None
+    scores: jax.Array, state: State, sampling: Sampling, key: jax.Array, process: Process | None, vocab: int | None
 ) -> tuple[jax.Array, jax.Array]:
     """The next id [B] of each row and its logprob: processors, then a draw keyed by the row's seed and the position."""
-    processed = scores if process is None else process(scores, state)
+    processed = edited(process, scores, state, vocab)
     processed = draws.process(processed, sampling, state.tokens, state.length, state.prompt)
     return draws.choose(processed, scores, sampling, key, state.length)
+
+
+def edited(process: Process | None, scores: jax.Array, state: State, vocab: int | None) -> jax.Array:
+    """The caller's process of scores [B, V]; it sees the `vocab` ids there are, and not those a mesh has added."""
+    if process is None:
+        return scores
+    more = scores.shape[-1] - (vocab or scores.shape[-1])
+    own = process(scores[:, : scores.shape[-1] - more], state)
+    return jnp.pad(own, ((0, 0), (0, more)), constant_values=-jnp.inf) if more else own
 
 
 def emit(

@@ -34,6 +34,11 @@ class Decoder:
 
     config: ModelConfig
 
+    @property
+    def vocab(self) -> int | None:
+        """V, without the padding of a mesh."""
+        return self.config.vocab_size
+
     def init_cache(self, rows: int, size: int, **options: Any) -> Cache:
         """See `jaxinfer.init_cache`."""
         return init_cache(self.config, rows, size, **options)
@@ -60,6 +65,7 @@ class Adapted:
     """A research model, which knows `step` alone, with the rest of what the loops ask."""
 
     model: Model
+    vocab = None  # as many ids as it scores
 
     def init_cache(self, rows: int, size: int, **options: Any) -> Cache:
         """The model's own; it knows what it can take back, so the options are not for it."""

@@ -16,9 +16,9 @@ from jaxinfer import mesh
 from jaxinfer import sampling as draws
 from jaxinfer.cache import Cache
 from jaxinfer.config import ModelConfig
-from jaxinfer.decoding.generate import Process, Result, ask
+from jaxinfer.decoding.generate import Process, Result, active, ask, begin, edited
 from jaxinfer.decoding.model import Adapted, Decoder, Model
-from jaxinfer.decoding.state import LENGTH, RUNNING, STOP, State, read
+from jaxinfer.decoding.state import LENGTH, RUNNING, STOP, State
 from jaxinfer.sampling import Sampling
 from jaxinfer.speculation.acceptance import RULES, Rule
 from jaxinfer.speculation.drafts import Draft
@@ -117,34 +117,24 @@ def run(
     width: int,
 ) -> Speculated:
     """The program: takes in ids, if any, then goes round until every row is done."""
-    if ids is not None and num is not None:
-        state = read(model, params, state, ids, num)
     budget = jnp.minimum(budget, buffer)
-    rows = state.length.shape[0]
+    plain = begin(model, params, state, ids, num, buffer)
+    none = jnp.zeros((len(plain.num), J), jnp.int32)
     start = Speculated(
-        ids=jnp.full((rows, buffer), -1, jnp.int32),
-        num=jnp.zeros(rows, jnp.int32),
-        logprobs=jnp.zeros((rows, buffer), jnp.float32),
-        state=state.resume(),
-        rounds=jnp.zeros(rows, jnp.int32),
-        drafted=jnp.zeros((rows, J), jnp.int32),
-        accepted=jnp.zeros((rows, J), jnp.int32),
+        plain.ids, plain.num, plain.logprobs, plain.state, rounds=none[:, 0], drafted=none, accepted=none
     ).placed()
-
-    def active(result: Result) -> jax.Array:
-        return (result.finish == RUNNING) & (result.num < budget)
 
     def body(carry: tuple[Speculated, Any]) -> tuple[Speculated, Any]:
         result, memory = carry
-        before, now = result.state, active(result)
+        before, now = result.state, active(result, budget)
         room = jnp.minimum(budget - result.num - 1, before.cache.size - before.length)
         most = jnp.where(now, jnp.clip(room, 0, J), 0)
-        draw = functools.partial(drawn, before, sampling, key, process, rule)
+        draw = functools.partial(drawn, before, sampling, key, process, rule, model.vocab)
         ids, logits, num, memory, state = draft.propose(memory, before, now, most, J, draw)
         num = jnp.clip(num, 0, most)
         step = state.cache.step(jnp.where(now, num + 1, 0), J + 1)
         scores, cache = model.step(params, jnp.concatenate([before.newest[:, None], ids], 1), state.cache, step)
-        processed = process_block(scores, before, ids, num, sampling, process)
+        processed = process_block(scores, before, ids, num, sampling, process, model.vocab)
         kept, tokens, logprobs = verify(
             rule, processed, scores, ids, logits if J and rule != "shared" else None, num, sampling, key, before.length
         )
@@ -152,7 +142,7 @@ def run(
         return result, draft.commit(memory, before, result.state, num)
 
     memory = draft.begin(start.state, width, J)
-    result, _ = jax.lax.while_loop(lambda carry: active(carry[0]).any(), body, (start, memory))
+    result, _ = jax.lax.while_loop(lambda carry: active(carry[0], budget).any(), body, (start, memory))
     return result.placed()
 
 
@@ -162,26 +152,33 @@ def drawn(
     key: jax.Array,
     process: Process | None,
     rule: Rule,
+    vocab: int | None,
     scores: jax.Array,
     ids: jax.Array,
     count: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """A draft's draw (see `Draw`): the processors see its own tokens so far; the noise is that of the position."""
     so_far = state.append(ids, jnp.broadcast_to(count, state.length.shape))
-    scores = scores if process is None else process(scores, so_far)
+    scores = edited(process, scores, so_far, vocab)
     processed = draws.process(scores, sampling, so_far.tokens, so_far.length, so_far.prompt)
     token = draws.sample(processed, sampling, key, place(rule, state.length, count), purpose(rule))
     return token, processed if rule != "shared" else processed[:, :0]  # who needs no probabilities keeps none
 
 
 def process_block(
-    scores: jax.Array, state: State, ids: jax.Array, num: jax.Array, sampling: Sampling, process: Process | None
+    scores: jax.Array,
+    state: State,
+    ids: jax.Array,
+    num: jax.Array,
+    sampling: Sampling,
+    process: Process | None,
+    vocab: int | None,
 ) -> jax.Array:
     """The target's scores [B, J + 1, V] through all processors, each place with the drafts before it."""
     B, T, V = scores.shape
     so_far = state.append(ids, num)
     if process is not None:
-        places = [process(scores[:, i], so_far.replace(length=state.length + i)) for i in range(T)]
+        places = [edited(process, scores[:, i], so_far.replace(length=state.length + i), vocab) for i in range(T)]
         scores = jnp.stack(places, 1)
     length = (state.length[:, None] + jnp.arange(T)).reshape(-1)
     controls, tokens, prompt = repeat((sampling, so_far.tokens, state.prompt), T)
