@@ -15,13 +15,13 @@ import gc
 import json
 import os
 import pathlib
-import platform
-import shlex
 import statistics
 import sys
 import time
 import tomllib
 from typing import Any
+
+import measured
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,10 +52,10 @@ def main(args: argparse.Namespace) -> None:
         "prompt_length": args.prompt_length,
         "new_tokens": args.new_tokens,
         "results": [compare(raw, dtype, args) for dtype in args.dtype],
-        "hardware": hardware(),
-        "versions": versions(),
-        "command": "python scripts/bench.py " + shlex.join(own_words(sys.argv[1:])),
-        "date": time.strftime("%Y-%m-%d"),
+        "hardware": measured.hardware(),
+        "versions": measured.versions("transformers", "torch"),
+        "command": measured.command("scripts/bench.py"),
+        "date": measured.date(),
     }
     for line in result["results"]:
         print(
@@ -198,42 +198,6 @@ def as_torch(array: Any) -> Any:
 def spread(values: list[float]) -> dict[str, float]:
     """Median, least and most."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def hardware() -> str:
-    """The processor by name, and how many of its cores there are."""
-    info = pathlib.Path("/proc/cpuinfo")
-    names = (
-        [x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
-        if info.is_file()
-        else []
-    )
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def versions() -> dict[str, str]:
-    """Of what was measured."""
-    import jax
-    import torch
-    import transformers
-
-    import jaxinfer
-
-    return {
-        "python": platform.python_version(),
-        "jaxinfer": jaxinfer.__version__,
-        "jax": jax.__version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-    }
-
-
-def own_words(words: list[str]) -> list[str]:
-    """The arguments, without --out, whose path is nobody else's."""
-    if "--out" not in words:
-        return words
-    at = words.index("--out")
-    return words[:at] + words[at + 2 :]
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ import sys
 
 import jax
 import pytest
+from compiling import quickly
 
 from jaxinfer.testing import emulate_devices
 
 pytest_plugins = ["jaxinfer.testing.fixtures"]
-sys.path.insert(0, str(pathlib.Path(__file__).parent))  # tiny_models.py, and the scripts' tests' helpers
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "scripts")]  # what tests share; and scripts, as modules
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the network would not be a law
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "gpu" not in sys.argv:  # `-m gpu` runs on the devices that there are
@@ -28,6 +30,13 @@ def few_mappings():
     if MAPS.is_file() and MAPS.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def quickly_compiled():
+    """For laws, which hold in any program; not for facts of programs."""
+    with quickly():
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

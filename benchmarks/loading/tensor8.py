@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import platform
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -23,6 +20,9 @@ import threading
 import time
 import tomllib
 from typing import Any
+
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "scripts"))
+import measured
 
 SMALL = {
     "model_type": "llama",
@@ -69,10 +69,10 @@ def main(args: argparse.Namespace) -> None:
             },
             "results": [in_own_process(big, small, args.mesh, dtype) for dtype in args.dtype],
             "note": "bytes; seconds are with the files in the page cache, and of whatever else the machine was doing",
-            "hardware": hardware(),
-            "versions": versions(),
-            "command": "python benchmarks/loading/tensor8.py " + shlex.join(own_words(sys.argv[1:])),
-            "date": time.strftime("%Y-%m-%d"),
+            "hardware": measured.hardware(),
+            "versions": measured.versions("numpy"),
+            "command": measured.command("benchmarks/loading/tensor8.py"),
+            "date": measured.date(),
         }
     for row in result["results"]:
         arrays, device, read, kernel = (
@@ -195,37 +195,6 @@ class Watch:
 def kernel_bytes() -> int:
     """What this process has read so far, as the kernel counts it."""
     return int(pathlib.Path("/proc/self/io").read_text().split()[1])
-
-
-def own_words(words: list[str]) -> list[str]:
-    """The arguments without --out: where a result went is no part of what it says."""
-    if "--out" in words:
-        at = words.index("--out")
-        words = words[:at] + words[at + 2 :]
-    return words
-
-
-def hardware() -> str:
-    """The processor by name, and how many of its cores there are."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def versions() -> dict[str, str]:
-    """Of what was measured."""
-    import jax
-    import numpy as np
-
-    import jaxinfer
-
-    return {
-        "python": platform.python_version(),
-        "jaxinfer": jaxinfer.__version__,
-        "jax": jax.__version__,
-        "numpy": np.__version__,
-    }
 
 
 if __name__ == "__main__":

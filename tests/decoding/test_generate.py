@@ -10,6 +10,7 @@ from jaxinfer import Sampling
 from jaxinfer.decoding.generate import run
 from jaxinfer.testing import Table, byte_tokenizer, tiny_model
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 PARAMS, CONFIG = tiny_model()
 PROMPTS = [[5, 17, 99, 3], [42], [7, 8, 9, 10, 11, 12, 13]]
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.1}

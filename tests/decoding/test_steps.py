@@ -9,6 +9,7 @@ import pytest
 import jaxinfer
 from jaxinfer.testing import tiny_model
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 PARAMS, CONFIG = tiny_model()
 IDS = np.random.default_rng(0).integers(0, 101, (3, 13)).astype(np.int32)
 NUM = np.array([13, 1, 6], np.int32)

@@ -190,6 +190,7 @@ def test_the_loop_holds_one_cache_a_device_and_not_two(axes, on_mesh):
     assert memory["temp"] < cache / 2
 
 
+@pytest.mark.usefixtures("quickly_compiled")
 def test_a_step_compiles_once_whatever_comes_back(on_mesh):
     """The state that a dispatch gives lies as the one that it took: going on compiles nothing."""
     config = tiny_config()

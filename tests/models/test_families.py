@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from compiling import quickly
 from tiny_models import CASES, VOCAB, write_checkpoint
 
 import jaxinfer
@@ -18,11 +19,9 @@ TIE = 1e-4  # two scores nearer than this are a tie, and either id is right
 
 @pytest.fixture
 def compiled(family, variant):
-    """A few plain variants are compiled as users compile them, the others without optimization: half of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", not (variant == "plain" and family in OPTIMIZED))
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    """A few plain variants are compiled as users compile them, the others quickly."""
+    with quickly(not (variant == "plain" and family in OPTIMIZED)):
+        yield
 
 
 @pytest.mark.usefixtures("compiled")
@@ -159,6 +158,7 @@ def misplaced(params):
             yield f"no {name}", each(lambda p, name=name: {name: 0 * p[name]})
 
 
+@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize("family", [family for family in CASES if family != "gemma3"])
 def test_a_planted_mistake_moves_the_logits(family, tmp_path):
     write_checkpoint(tmp_path, family)

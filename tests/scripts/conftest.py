@@ -1,6 +1,6 @@
 """What the tests of scripts as programs of their own share: a tiny checkpoint, and runs of decode.py on it."""
 
-import importlib.util
+import functools
 import json
 import os
 import pathlib
@@ -9,6 +9,7 @@ import sys
 
 import jax
 import pytest
+from compiling import QUICKLY
 
 from jaxinfer import models
 from jaxinfer.testing import byte_tokenizer
@@ -17,7 +18,6 @@ from jaxinfer.training.export import save_huggingface
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "decode.py"
-sys.path.insert(0, str(SCRIPT.parent))  # what a script imports lies beside it
 TINY = {
     "model_type": "llama",
     "vocab_size": 256,
@@ -35,16 +35,29 @@ TINY = {
 @pytest.fixture(scope="module")
 def decode():
     """The script as a module; what it sets in jax is put back afterwards."""
+    import decode
+
     names = [name for name in jax.config.values if "compilation_cache" in name or "persistent_cache" in name]
     before = {name: jax.config.values[name] for name in names}
-    spec = importlib.util.spec_from_file_location("decode_script", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
+    yield decode
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture
+def refused(decode, capsys):
+    """refused(words, says, code): one line that says it, no traceback, this exit code."""
+
+    def refused(words, says, code):
+        try:
+            got = decode.main(decode.parse_args(words))
+        except SystemExit as end:
+            got = end.code
+        out, err = capsys.readouterr()
+        assert (got, out, err.count("\n")) == (code, "", 1), err
+        assert says in err
+
+    return refused
 
 
 @pytest.fixture(scope="session")
@@ -75,9 +88,10 @@ def checkpoint(directory, raw):
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
-    """Starts decode.py; all runs share a compilation cache."""
+    """Starts decode.py; all runs share a compilation cache, and are compiled quickly unless they say otherwise."""
     known = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     known |= {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")), "PYTHONPATH": str(ROOT)}
+    known |= QUICKLY
 
     def start(*words, cwd=None, **environment):
         return subprocess.Popen(
@@ -91,15 +105,13 @@ def start(tmp_path_factory):
 @pytest.fixture(scope="session")
 def alone(start):
     """(lines of text, report) of a run with --json in one process; equal runs run once."""
-    done = {}
 
+    @functools.cache
     def alone(*words, **environment):
-        if words not in done:
-            process = start(*words, "--json", **environment)
-            out, err = process.communicate(timeout=120)
-            assert (process.returncode, err) == (0, "")
-            *text, report = out.splitlines()
-            done[words] = text, json.loads(report)
-        return done[words]
+        process = start(*words, "--json", **environment)
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, "")
+        *text, report = out.splitlines()
+        return text, json.loads(report)
 
     return alone

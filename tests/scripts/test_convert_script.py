@@ -1,12 +1,12 @@
 """scripts/convert.py: to a sharded checkpoint and back bit for bit, and nothing half-written under the final name."""
 
-import importlib.util
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
 
+import convert
 import jax
 import ml_dtypes
 import numpy as np
@@ -24,19 +24,8 @@ CASES = [(family, variant) for family, variants in tiny_models.CASES.items() for
 SOME = [(family, next(iter(variants))) for family, variants in tiny_models.CASES.items()] + [("gpt2", "untied")]
 
 
-@pytest.fixture(scope="module")
-def convert():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("convert_script", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def run(convert, capsys):
+def run(capsys):
     """Runs the script in this process: (exit code, stdout, stderr)."""
 
     def run(*words):
@@ -274,7 +263,7 @@ def places(source, tmp_path_factory):
         (("--dtype", "int8"), "invalid choice: 'int8'"),
     ],
 )
-def test_wrong_flags_are_refused_in_one_line(convert, capsys, words, line):
+def test_wrong_flags_are_refused_in_one_line(capsys, words, line):
     with pytest.raises(SystemExit, match="2"):
         convert.parse_args(["a", "b", "--to", "orbax", *words])
     err = capsys.readouterr().err
@@ -282,5 +271,5 @@ def test_wrong_flags_are_refused_in_one_line(convert, capsys, words, line):
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("512MiB", 2**29), ("1.5kb", 1500), ("7", 7)])
-def test_sizes_are_read_as_people_write_them(convert, text, size):
+def test_sizes_are_read_as_people_write_them(text, size):
     assert convert.parse_size(text) == size

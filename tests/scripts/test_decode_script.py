@@ -1,5 +1,6 @@
 """scripts/decode.py on a tiny model: what it prints, that its laws hold, and what it refuses."""
 
+import functools
 import io
 import json
 import os
@@ -7,8 +8,6 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -17,8 +16,8 @@ from jaxinfer.testing import byte_tokenizer
 from jaxinfer.testing.tiny import tiny_params
 from jaxinfer.training.export import save_huggingface
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 ROOT = pathlib.Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "decode.py"
 RAW = {
     "model_type": "llama",
     "vocab_size": 256,
@@ -257,26 +256,13 @@ def test_the_presets_that_ship_are_read(decode, path):
         ("temperature =", "is not TOML"),
     ],
 )
-def test_a_preset_that_is_not_understood_is_refused(decode, tmp_path, capsys, text, says):
+def test_a_preset_that_is_not_understood_is_refused(refused, tmp_path, text, says):
     preset = tmp_path / "preset.toml"
     preset.write_text(text)
-    refused(decode, capsys, ["--config", str(preset), "--prompt", "a"], says, 2)
+    refused(["--config", str(preset), "--prompt", "a"], says, 2)
 
 
 # --- what it refuses -----------------------------------------------------------------------------------------------
-
-
-def refused(decode, capsys, words, says, code):
-    """One line, no traceback, non-zero."""
-    try:
-        got = decode.main(decode.parse_args(words))
-    except SystemExit as end:
-        got = end.code
-    out, err = capsys.readouterr()
-    assert got == code
-    assert says in err
-    assert err.count("\n") == 1, err
-    assert out == ""
 
 
 @pytest.mark.parametrize(
@@ -303,8 +289,8 @@ def refused(decode, capsys, words, says, code):
         ("--nonsense", "unrecognized arguments"),
     ],
 )
-def test_flags_that_make_no_sense_are_refused(decode, capsys, words, says):
-    refused(decode, capsys, words.split(), says, 2)
+def test_flags_that_make_no_sense_are_refused(refused, words, says):
+    refused(words.split(), says, 2)
 
 
 @pytest.mark.parametrize(
@@ -324,8 +310,8 @@ def test_flags_that_make_no_sense_are_refused(decode, capsys, words, says):
         ("--prompt-file /dev/null", "is empty"),
     ],
 )
-def test_what_the_model_cannot_do_is_refused(decode, model, capsys, words, says):
-    refused(decode, capsys, ["--model", str(model), "--no-compile-cache", *words.split()], says, 1)
+def test_what_the_model_cannot_do_is_refused(refused, model, words, says):
+    refused(["--model", str(model), "--no-compile-cache", *words.split()], says, 1)
 
 
 def edit(name, change):
@@ -347,11 +333,11 @@ def edit(name, change):
         (edit("tokenizer.json", lambda data: data[:20]), "tokenizer.json is truncated"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused(decode, model, tmp_path, capsys, damage, says):
+def test_a_damaged_checkpoint_is_refused(refused, model, tmp_path, damage, says):
     directory = tmp_path / "model"
     shutil.copytree(model, directory)
     damage(directory)
-    refused(decode, capsys, ["--model", str(directory), "--no-compile-cache", "--prompt", "a"], says, 1)
+    refused(["--model", str(directory), "--no-compile-cache", "--prompt", "a"], says, 1)
 
 
 def test_a_bug_still_shows_where(run, decode, monkeypatch):
@@ -367,18 +353,10 @@ def test_a_bug_still_shows_where(run, decode, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def program(model, tmp_path_factory):
+def program(start, model, tmp_path_factory):
     """Starts the script with a compilation cache of its own."""
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environment |= {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(SCRIPT), "--model", str(model), "--prompt", "def f(x):"]
-
-    def start(*words):
-        return subprocess.Popen(
-            [*command, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    return start
+    cache = tmp_path_factory.mktemp("cache")
+    return functools.partial(start, "--model", model, "--prompt", "def f(x):", XDG_CACHE_HOME=str(cache))
 
 
 def test_a_second_run_compiles_nothing(program):

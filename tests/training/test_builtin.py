@@ -1,6 +1,8 @@
 """The model that ships: small, really trained, and the same model in transformers."""
 
+import functools
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +11,11 @@ import pytest
 from tokenizers import Tokenizer
 
 import jaxinfer
-from jaxinfer import hub, training
+from jaxinfer import hub, models, training, weights
 from jaxinfer.training import corpus
 
 DIRECTORY = hub.BUILTIN
+ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not (DIRECTORY / "model.safetensors").is_file(), reason="not trained yet")
 PROMPT = "def fibonacci(n):"
 
@@ -77,3 +80,46 @@ def test_it_runs_in_transformers_unchanged(model, tokenizer):
     cache = jaxinfer.init_cache(config, rows=1, size=len(ids))
     logits, _ = jaxinfer.forward(params, config, jnp.asarray([ids]), cache)
     np.testing.assert_allclose(logits[0], wanted, atol=1e-4)
+
+
+# --- its drafts ---------------------------------------------------------------------------------------------------
+
+KINDS = ("draft", "head")
+needs_drafts = pytest.mark.skipif(
+    not all((DIRECTORY / kind / "model.safetensors").is_file() for kind in KINDS), reason="not distilled yet"
+)
+
+
+@needs_drafts
+def test_its_drafts_are_small_and_its_own(model):
+    params, config = model
+    for kind in KINDS:
+        assert {path.name for path in (DIRECTORY / kind).iterdir()} >= {"config.json", "model.safetensors"}
+        assert sum(path.stat().st_size for path in (DIRECTORY / kind).iterdir()) <= 2_000_000, kind
+    _, draft = jaxinfer.load(DIRECTORY / "draft")
+    for name in ("vocab_size", "stop_ids", "max_length", "bos_id"):
+        assert getattr(draft, name) == getattr(config, name), name
+    _, _, target = weights.load_head(DIRECTORY / "head")
+    assert target == models.fingerprint(params, config) == models.fingerprint(*jaxinfer.load("builtin"))
+
+
+@needs_drafts
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_drafts_are_kept_as_often_as_their_result_says(model, tokenizer, kind):
+    """On one file of the held-out list; benchmarks/training/distill_*.json has the figures for all of them."""
+    params, config = model
+    try:
+        held_out = corpus.read_corpus().held_out
+    except ValueError as error:
+        pytest.skip(str(error))
+    told = json.loads((ROOT / "benchmarks" / "training" / f"distill_{kind}.json").read_text())["acceptance"]
+    documents = training.encode(tokenizer, [held_out["textwrap.py"]])
+    if kind == "draft":
+        draft, draft_config = jaxinfer.load(DIRECTORY / kind, dtype=jnp.float32)
+        compare = functools.partial(training.compare_model, draft, draft_config, params, config)
+    else:
+        draft, draft_config, _ = weights.load_head(DIRECTORY / kind, jnp.float32)
+        compare = functools.partial(training.compare_head, draft, draft_config, params, config, depths=3)
+    kept, _, _ = training.held_out_acceptance(jax.jit(lambda ids: compare(ids=ids)), documents, length=512)
+    assert len(kept) == len(told)
+    np.testing.assert_allclose(kept, told, atol=0.1)

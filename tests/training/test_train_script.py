@@ -1,6 +1,5 @@
 """scripts/train.py on a toy: what it leaves, that an interruption changes nothing, and what it refuses."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -11,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import train
 
 from jaxinfer.training import corpus
 
@@ -24,17 +24,6 @@ needs_its_python = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def train():
-    """The script as a module; its signal handlers and its compilation cache are put back afterwards."""
-    spec = importlib.util.spec_from_file_location("train_script", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(autouse=True)
 def own_signals():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -44,7 +33,7 @@ def own_signals():
 
 
 @pytest.fixture(scope="module")
-def toy(train, tmp_path_factory):
+def toy(tmp_path_factory):
     """A run without interruption."""
     # the same programs are compiled by every run of this file
     old = {name: getattr(jax.config, name) for name in CACHE}
@@ -80,7 +69,7 @@ def test_a_run_leaves_a_model_a_curve_and_its_figures(toy):
 
 @needs_its_python
 @pytest.mark.parametrize("changed", [[], ["--steps", "7"]], ids=["the same", "made shorter before the rate falls"])
-def test_a_run_that_was_interrupted_ends_with_the_same_bits(train, toy, tmp_path, changed):
+def test_a_run_that_was_interrupted_ends_with_the_same_bits(toy, tmp_path, changed):
     args = [*TOY, "--out", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt, match="saved after step 1 of"):
         train.main(train.parse_args([*args, *changed, "--stop-after", "1"]))
@@ -93,7 +82,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(train, toy, tmp_path
 
 
 @needs_its_python
-def test_a_finished_run_with_other_settings_is_refused_by_their_names(train, toy):
+def test_a_finished_run_with_other_settings_is_refused_by_their_names(toy):
     with pytest.raises(ValueError, match=r"was made with steps 4 \(now 5\), rate 0\.02 \(now 0\.5\).*fresh --out"):
         train.main(train.parse_args([*TOY, "--steps", "5", "--rate", "0.5", "--out", str(toy)]))
 
@@ -108,7 +97,7 @@ def test_a_finished_run_with_other_settings_is_refused_by_their_names(train, toy
         (["--head-dim", "7"], "it must be even"),
     ],
 )
-def test_flags_that_cannot_be_trained_are_refused(train, capsys, flags, message):
+def test_flags_that_cannot_be_trained_are_refused(capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         train.parse_args([*flags, "--out", "nowhere"])
     assert stop.value.code == 2 and message in capsys.readouterr().err
