@@ -4,5 +4,6 @@ from jaxinfer.cache.base import Cache, LayerCache, Step
 from jaxinfer.cache.dense import Dense
 from jaxinfer.cache.kinds import cache_bytes, init_cache
 from jaxinfer.cache.none import Nothing
+from jaxinfer.cache.tree import Tree, branching
 
-__all__ = ["Cache", "Dense", "LayerCache", "Nothing", "Step", "cache_bytes", "init_cache"]
+__all__ = ["Cache", "Dense", "LayerCache", "Nothing", "Step", "Tree", "branching", "cache_bytes", "init_cache"]

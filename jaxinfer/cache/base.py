@@ -11,12 +11,24 @@ import abc
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxinfer import mesh
+from jaxinfer.cache.tree import Tree
 from jaxinfer.config import LayerSpec
 
 PAST = 1 << 30  # the position of a pad: past any size, so that its write drops by itself (-1 would wrap)
+
+
+@struct.dataclass
+class Branches:
+    """Where the tokens of a draft tree are kept, and what they see: several pending tokens may have one position."""
+
+    slot: jax.Array  # [B, T] of each token; a pad's is PAST
+    base: jax.Array  # [B] the first pending slot: what lies before it is committed, and seen by all
+    sees: jax.Array  # [T, M] bool: which of the slots from base on a token sees, itself included
+    depth: jax.Array  # [M]: how far behind base their positions are
 
 
 @struct.dataclass
@@ -25,12 +37,17 @@ class Step:
 
     num: jax.Array  # [B] valid tokens of each row; a row with 0 changes nothing
     position: jax.Array  # [B, T] of each token; a pad's is PAST
-    parent: jax.Array | None = None  # [T] of a draft tree, or none
+    branches: Branches | None = None  # of a draft tree; a token is otherwise kept at its position and sees all before
 
     @property
     def valid(self) -> jax.Array:
         """[B, T]: which tokens are no pads."""
         return jnp.arange(self.position.shape[1]) < self.num[:, None]
+
+    @property
+    def slot(self) -> jax.Array:
+        """[B, T]: where each token is kept."""
+        return self.position if self.branches is None else self.branches.slot
 
 
 class LayerCache(abc.ABC):
@@ -40,6 +57,10 @@ class LayerCache(abc.ABC):
     @abc.abstractmethod
     def letters() -> LayerCache:
         """The letters of the arrays, congruent with them."""
+
+    @abc.abstractmethod
+    def move(self, source: jax.Array, target: jax.Array) -> LayerCache:
+        """What is kept at the slots source [B, n] is put at the slots target [B, n]; past `size` nothing is moved."""
 
     @abc.abstractmethod
     def attend(
@@ -83,6 +104,18 @@ class Cache(struct.PyTreeNode):
         valid = jnp.arange(T) < num[:, None]
         return Step(num, jnp.where(valid, start[:, None] + jnp.arange(T), PAST))
 
+    def branch(self, num: jax.Array, tree: Tree, first: int, last: int, root: int = 0) -> Step:
+        """The step of a call with the nodes [first, last) of a tree, `num` [B] of them valid.
+
+        Node `root` (0, or 1 where the newest token is no part of it) is the first pending one, at slot `length`.
+        """
+        valid = jnp.arange(last - first) < num[:, None]
+        slot, depth = np.arange(first, last) - root, tree.depth[root:] - root
+        sees = jnp.asarray(tree.sees[first:last, root:])
+        own = jnp.where(valid, self.length[:, None] + slot, PAST)
+        position = jnp.where(valid, self.length[:, None] + depth[slot], PAST)
+        return Step(num, position, Branches(own, self.length, sees, jnp.asarray(depth)))
+
     def attend(
         self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, spec: LayerSpec, step: Step
     ) -> tuple[jax.Array, Cache]:
@@ -93,6 +126,13 @@ class Cache(struct.PyTreeNode):
     def advance(self, num: jax.Array) -> Cache:
         """Commits the first `num` [B] pending tokens of each row and drops the rest."""
         return self.replace(length=mesh.constrain(self.length + num, "B"))
+
+    def commit(self, path: jax.Array, num: jax.Array) -> Cache:
+        """Commits the first `num` [B] nodes of a path [B, n] through the pending tree, and drops the rest."""
+        valid = jnp.arange(path.shape[1]) < num[:, None]
+        source = jnp.where(valid, self.length[:, None] + path, PAST)
+        target = jnp.where(valid, self.length[:, None] + jnp.arange(path.shape[1]), PAST)
+        return self.replace(layers=tuple(layer.move(source, target) for layer in self.layers)).advance(num)
 
     def rewind(self, length: jax.Array) -> Cache:
         """Takes back committed tokens, down to `length` [B]; at most `max_rewind` of them. Never moves forward."""

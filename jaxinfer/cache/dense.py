@@ -33,10 +33,15 @@ class Dense(LayerCache):
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, spec: LayerSpec, step: Step) -> tuple[jax.Array, Dense]:
         """Writes k, v at their positions, then lets q look back."""
-        new = Dense(write(self.k, k, step.position), write(self.v, v, step.position))
+        new = Dense(write(self.k, k, step.slot), write(self.v, v, step.slot))
         B, T, N, _ = q.shape
         attend = ops.attend_blockwise if B * N * T * self.k.shape[2] > SCORES and T > 1 else ops.attend
-        return attend(q, new.k, new.v, step.position, spec), new
+        branches = step.branches and (step.branches.base, step.branches.sees, step.branches.depth)
+        return attend(q, new.k, new.v, step.position, spec, branches=branches), new
+
+    def move(self, source: jax.Array, target: jax.Array) -> Dense:
+        """See `LayerCache`."""
+        return Dense(copy(self.k, source, target), copy(self.v, source, target))
 
 
 def write(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
@@ -52,3 +57,11 @@ def write(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
         position = jnp.concatenate([position, jnp.full_like(position, cache.shape[2])], 1)
     written = jax.vmap(lambda c, n, p: c.at[:, p].set(n, mode="drop"))(cache, new, position)
     return mesh.constrain(written, "BKSH")
+
+
+def copy(cache: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+    """cache [B, K, S, H] with what lies at source [B, n] also at target [B, n]; past S nothing is read or written."""
+    take = jax.vmap(lambda c, p: c.at[:, p].get(mode="fill", fill_value=0))
+    kept = mesh.constrain(take(cache, source), "BK_H")
+    put = jax.vmap(lambda c, n, p: c.at[:, p].set(n, mode="drop"))
+    return mesh.constrain(put(cache, kept, target), "BKSH")

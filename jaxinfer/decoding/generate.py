@@ -45,6 +45,10 @@ class Result(struct.PyTreeNode):
             **{name: mesh.constrain(getattr(self, name), word) for name, word in words.items()},
         )
 
+    def first(self, rows: int) -> Result:
+        """Of the first rows alone; the state keeps all."""
+        return jax.tree.map(lambda x: x[:rows], self.replace(state=None)).replace(state=self.state)
+
     @property
     def cache(self) -> Cache:
         """The cache, which holds every token but the newest."""
@@ -97,9 +101,7 @@ class Asked:
 
     def cut(self, result: Any) -> Any:
         """A result without the rows that a mesh added; the state keeps them."""
-        if len(result.num) == self.rows:
-            return result
-        return jax.tree.map(lambda x: x[: self.rows], result.replace(state=None)).replace(state=result.state)
+        return result if len(result.num) == self.rows else result.first(self.rows)
 
 
 def ask(
@@ -167,16 +169,14 @@ def run(
         token, logprob = draw(scores, state, sampling, key, process, model.vocab)
         return emit(result.replace(state=state), token, logprob, sampling, budget, now)
 
-    start = begin(model, params, state, ids, num, buffer)
+    if ids is not None and num is not None:
+        state, *_ = read(model, params, state, ids, num)
+    start = begin(state, buffer)
     return jax.lax.while_loop(lambda result: active(result, budget).any(), body, start).placed()
 
 
-def begin(
-    model: Decoder | Adapted, params: Any, state: State, ids: jax.Array | None, num: jax.Array | None, buffer: int
-) -> Result:
-    """What a loop starts with: ids are taken in, if there are any, and nothing is made yet."""
-    if ids is not None and num is not None:
-        state = read(model, params, state, ids, num)
+def begin(state: State, buffer: int) -> Result:
+    """What a loop starts with: nothing is made yet."""
     rows = state.length.shape[0]
     return Result(
         ids=jnp.full((rows, buffer), -1, jnp.int32),

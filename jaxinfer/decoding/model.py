@@ -39,15 +39,25 @@ class Decoder:
         """V, without the padding of a mesh."""
         return self.config.vocab_size
 
+    @property
+    def columns(self) -> int | None:
+        """Of its scores: V with that padding."""
+        return self.config.padded_vocab
+
     def init_cache(self, rows: int, size: int, **options: Any) -> Cache:
         """See `jaxinfer.init_cache`."""
         return init_cache(self.config, rows, size, **options)
 
     def step(self, params: Any, ids: jax.Array, cache: Cache, step: Step) -> tuple[jax.Array, Cache]:
         """Scores of every token, zeros for pads."""
+        scores, _, cache = self.look(params, ids, cache, step)
+        return scores, cache
+
+    def look(self, params: Any, ids: jax.Array, cache: Cache, step: Step) -> tuple[jax.Array, jax.Array | None, Cache]:
+        """(scores [B, T, V], the hidden states [B, T, D] they were made from, cache)."""
         (hidden, _), cache = models.decoder(params, self.config, ids, cache, step)
         scores = models.logits(params, self.config, hidden)
-        return jnp.where(step.valid[..., None], scores, 0), cache
+        return jnp.where(step.valid[..., None], scores, 0), hidden, cache
 
     def last(self, params: Any, ids: jax.Array, cache: Cache, step: Step) -> tuple[jax.Array, Cache]:
         """Scores [B, V] of each row's last valid token; zeros for a row without one."""
@@ -55,9 +65,10 @@ class Decoder:
         scores = models.logits(params, self.config, last_valid(hidden, step))[:, 0]
         return jnp.where(step.num[:, None] > 0, scores, 0), cache
 
-    def read(self, params: Any, ids: jax.Array, cache: Cache, step: Step) -> Cache:
-        """Only remembers: no scores at all."""
-        return models.decoder(params, self.config, ids, cache, step)[1]
+    def read(self, params: Any, ids: jax.Array, cache: Cache, step: Step) -> tuple[jax.Array | None, Cache]:
+        """Remembers, without scores: (hidden states [B, T, D], cache)."""
+        (hidden, _), cache = models.decoder(params, self.config, ids, cache, step)
+        return hidden, cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Adapted:
     """A research model, which knows `step` alone, with the rest of what the loops ask."""
 
     model: Model
-    vocab = None  # as many ids as it scores
+    vocab = columns = None  # as many ids as it scores
 
     def init_cache(self, rows: int, size: int, **options: Any) -> Cache:
         """The model's own; it knows what it can take back, so the options are not for it."""
@@ -81,9 +92,14 @@ class Adapted:
         scores, cache = self.model.step(params, ids, cache, step)
         return last_valid(scores, step)[:, 0], cache
 
-    def read(self, params: Any, ids: jax.Array, cache: Cache, step: Step) -> Cache:
+    def look(self, params: Any, ids: jax.Array, cache: Cache, step: Step) -> tuple[jax.Array, jax.Array | None, Cache]:
+        """Scores [B, T, V]; there are no hidden states to see."""
+        scores, cache = self.step(params, ids, cache, step)
+        return scores, None, cache
+
+    def read(self, params: Any, ids: jax.Array, cache: Cache, step: Step) -> tuple[jax.Array | None, Cache]:
         """Only remembers."""
-        return self.model.step(params, ids, cache, step)[1]
+        return None, self.model.step(params, ids, cache, step)[1]
 
 
 def last_valid(x: jax.Array, step: Step) -> jax.Array:

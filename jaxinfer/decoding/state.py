@@ -77,15 +77,20 @@ class State(struct.PyTreeNode):
         )
 
 
-def read(model: Any, params: Any, state: State, ids: jax.Array, num: jax.Array) -> State:
-    """Takes in a prompt, or a chunk of one: everything but the newest token goes through the model, unscored."""
+def read(
+    model: Any, params: Any, state: State, ids: jax.Array, num: jax.Array
+) -> tuple[State, jax.Array, jax.Array | None]:
+    """Takes in a prompt, or a chunk of one: everything but the newest token goes through the model, unscored.
+
+    Gives also what went through [B, T], and its last hidden states [B, T, D], of a research model None.
+    """
     state = state.ask(ids, num)
     T = ids.shape[1]
     position = state.cache.length[:, None] + jnp.arange(T)
     known = jnp.take_along_axis(state.tokens, jnp.minimum(position, state.tokens.shape[1] - 1), 1)
     count = jnp.where(num > 0, state.length - 1 - state.cache.length, 0)
-    cache = model.read(params, known, state.cache, state.cache.step(count, T))
-    return state.replace(cache=cache.advance(count))
+    hidden, cache = model.read(params, known, state.cache, state.cache.step(count, T))
+    return state.replace(cache=cache.advance(count)), known, hidden
 
 
 def bucket(n: int, least: int = 16) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,12 +20,13 @@ from jaxinfer.sampling import Sampling
 from jaxinfer.text import Detokenizer, Tokenizer
 
 NEVER = np.iinfo(np.int32).max
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a jitted function, its arguments, and the static ones
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
 def read_chunk(params: Any, state: State, ids: jax.Array, num: jax.Array, *, model: Decoder | Adapted) -> State:
     """Takes in a chunk of the prompts."""
-    return read(model, params, state, ids, num)
+    return read(model, params, state, ids, num)[0]
 
 
 start = jax.jit(State.init, donate_argnums=0)
@@ -55,7 +56,9 @@ class Stream:
         self.first_seconds = 0.0  # of the first step, which is among the decode_seconds
         self.decode_seconds = 0.0
         self.steps = 0  # passes through the model since the prompts were read
+        self.counts: dict[str, np.ndarray] = {}  # what the program counted, one number (or more) a row
         self._program, self._state, self._budget = program, state, budget.copy()
+        self._memory: Any = None  # what the program remembers beside the state
         self._ends = np.full(rows, NEVER, np.int32)  # where rows end that went on behind a stop string
         self._detokenizers = detokenizers
         self._stopping = False
@@ -89,23 +92,24 @@ class Stream:
     def _run(self) -> Iterator[Delta]:
         begin = time.perf_counter()
         for ids, num in self._program.prompts:
-            self._state = self._program.read(self._state, ids, num)
+            self._state, self._memory = self._program.read(self._state, self._memory, ids, num)
         jax.block_until_ready(self._state.length)
         self.prefill_seconds = time.perf_counter() - begin
         width = 1  # the budget is traced: one program serves every width
         while self._budget.any():
             begin = time.perf_counter()
             asked = np.minimum(self._budget, width).astype(np.int32)
-            result = self._program.run(self._state, asked)
+            result, self._memory = self._program.run(self._state, self._memory, asked)
             self._state = result.state
-            told = (result.ids, result.num, result.logprobs, result.state.finish)
-            new, num, logprobs, finish = mesh.fetch(told)
-            seconds, steps = time.perf_counter() - begin, int(num.max())
+            told = (result.ids, result.num, result.logprobs, result.state.finish, self._program.counted(result))
+            new, num, logprobs, finish, counts = mesh.fetch(told)
+            seconds, made = time.perf_counter() - begin, int(num.max())
             self.decode_seconds += seconds
             self.first_seconds = self.first_seconds or seconds
-            self.steps += steps
+            self.steps += int(counts["rounds"].max())
+            self.counts = {name: self.counts.get(name, 0) + count for name, count in counts.items()}
             yield from [self._emit(int(row), new, num, logprobs, finish, asked) for row in np.flatnonzero(asked)]
-            width = max(1, min(self._program.buffer, self._program.pace / seconds * steps))
+            width = max(1, min(self._program.buffer, self._program.pace / seconds * made))
             heard = mesh.hear(width, self._stopping)  # clocks and keys differ between processes, dispatches must not
             if heard[:, 1].any():
                 return
@@ -149,25 +153,48 @@ class Program:
 
     def compile(self, state: State, budget: np.ndarray) -> list[Any]:
         """Both programs, lowered and compiled; later calls find them."""
-        chunks = [idle(state.cache, *chunk) for chunk in self.prompts[:1]]
-        readers = [read_chunk.lower(self.params, state, *chunk, model=self.model) for chunk in chunks]
-        runner = run.lower(*self._arguments(state, budget), **self._static)
-        return [lowered.compile() for lowered in (*readers, runner)]
+        lowered, memory = [], None
+        for chunk in self.prompts[:2]:  # the first may make the memory that later ones go on with
+            before = memory
+            read, arguments, static = self.reader(state, memory, *chunk)
+            lowered.append(read.lower(*arguments, **static))
+            _, memory = self.told(jax.eval_shape(functools.partial(read, **static), *arguments))
+            if memory is before:
+                break
+        run, arguments, static = self.runner(state, memory, budget)
+        return [each.compile() for each in (*lowered, run.lower(*arguments, **static))]
 
-    def read(self, state: State, ids: np.ndarray, num: np.ndarray) -> State:
+    def read(self, state: State, memory: Any, ids: np.ndarray, num: np.ndarray) -> tuple[State, Any]:
         """One chunk of the prompts."""
-        return read_chunk(self.params, state, *idle(state.cache, ids, num), model=self.model)
+        read, arguments, static = self.reader(state, memory, ids, num)
+        return self.told(read(*arguments, **static))
 
-    def run(self, state: State, budget: np.ndarray) -> Any:
+    def run(self, state: State, memory: Any, budget: np.ndarray) -> tuple[Any, Any]:
         """A few tokens of every row."""
-        return run(*self._arguments(state, budget), **self._static)
+        run, arguments, static = self.runner(state, memory, budget)
+        result = run(*arguments, **static)
+        return result, self.kept(result)
 
-    def _arguments(self, state: State, budget: np.ndarray) -> tuple[Any, ...]:
-        return self.params, state, None, None, self.sampling, *idle(state.cache, budget), self.key
+    def reader(self, state: State, memory: Any, ids: np.ndarray, num: np.ndarray) -> Call:
+        """What reads a chunk."""
+        return read_chunk, (self.params, state, *idle(state.cache, ids, num)), {"model": self.model}
 
-    @property
-    def _static(self) -> dict[str, Any]:
-        return {"model": self.model, "process": self.process, "buffer": self.buffer}
+    def runner(self, state: State, memory: Any, budget: np.ndarray) -> Call:
+        """What makes tokens."""
+        arguments = (self.params, state, None, None, self.sampling, *idle(state.cache, budget), self.key)
+        return run, arguments, {"model": self.model, "process": self.process, "buffer": self.buffer}
+
+    def told(self, read: Any) -> tuple[State, Any]:
+        """State and memory of what a reader gives."""
+        return read, None
+
+    def kept(self, result: Any) -> Any:
+        """The memory of what a runner gives."""
+        return None
+
+    def counted(self, result: Any) -> dict[str, jax.Array]:
+        """What is worth counting of a result: at least the passes through the model, `rounds` [B]."""
+        return {"rounds": result.num}
 
 
 def stream(
@@ -187,6 +214,7 @@ def stream(
     chunk: int = 8,
     pace: float = 0.2,
     prefill_chunk: int = 512,
+    program: Callable[..., Program] = Program,
     **cache: Any,
 ) -> Stream:
     """Continues prompts, and gives each row's text as it is made.
@@ -196,6 +224,7 @@ def stream(
     size: of the cache that is made when no state is given; by default what prompts and max_new_tokens need.
     chunk: tokens a dispatch, at most: the first dispatch makes one token, so that it is seen at once, the later ones as
     many as take `pace` seconds. prefill_chunk: prompt tokens a dispatch.
+    program: how tokens are made; `speculation.stream` gives one that drafts.
     cache: further options of `jaxinfer.init_cache`. The rest is as in `generate`, whose ids these are.
 
     Raises ValueError before anything is dispatched: what `generate` refuses, chunks smaller than 1, and a size or cache
@@ -231,7 +260,7 @@ def stream(
     if stop and model is None:
         cache = {"max_rewind": chunk - 1} | cache  # a row may go on behind a stop string to the end of a chunk
     begun: State = start(runner.init_cache(len(rows), size, **cache)) if state is None else state
-    program = Program(
+    made = program(
         params=params,
         model=runner,
         sampling=jax.device_put(jax.tree.map(lambda x: idle(begun.cache, x)[0], laid_out)),
@@ -242,7 +271,7 @@ def stream(
         prompts=list(chunks(whole, num, prefill_chunk)),
         lengths=mesh.fetch(begun.length)[: len(num)] + num,
     )
-    return Stream(program, begun, detokenizers, budget)
+    return Stream(made, begun, detokenizers, budget)
 
 
 def first_key() -> jax.Array:

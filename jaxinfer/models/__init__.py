@@ -2,9 +2,11 @@
 
 from jaxinfer.models.arrange import arrange, arrange_config, canonical
 from jaxinfer.models.decoder import decoder, logits
+from jaxinfer.models.head import fingerprint, head, head_config, head_letters, head_logits, head_shapes, init_head
 from jaxinfer.models.init import init_params
 from jaxinfer.models.params import letters, param_shapes
 from jaxinfer.models.registry import config_from_hf, family
+from jaxinfer.models.widen import widen
 
 __all__ = [
     "arrange",
@@ -13,8 +15,16 @@ __all__ = [
     "config_from_hf",
     "decoder",
     "family",
+    "fingerprint",
+    "head",
+    "head_config",
+    "head_letters",
+    "head_logits",
+    "head_shapes",
+    "init_head",
     "init_params",
     "letters",
     "logits",
     "param_shapes",
+    "widen",
 ]

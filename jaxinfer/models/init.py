@@ -23,9 +23,17 @@ def init_params(config: ModelConfig, key: jax.Array, dtype=None, scale: float | 
     draws its own part; the values are those of one device, and of an arranged config those that `arrange` would give.
     """
     plain = config.canonical or config
+    return draw_params(param_shapes(plain, dtype), letters(plain), config, key, scale)
+
+
+def draw_params(
+    shapes: Any, words: Any, config: ModelConfig, key: jax.Array, scale: float | None = None
+) -> dict[str, Any]:
+    """`init_params` of any tree with `layers`: shapes and words are of its canonical arrays, config says how."""
+    plain = config.canonical or config
     tables = sources(config) if config.canonical else [{}] * (len(config.layers) + 1)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(param_shapes(plain, dtype))
-    words = jax.tree.leaves(letters(plain))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    names = jax.tree.leaves(words)
 
     def draw(index: int, path: tuple, word: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
         name = path[-1].key
@@ -45,7 +53,7 @@ def init_params(config: ModelConfig, key: jax.Array, dtype=None, scale: float | 
         )
 
     arrays = [
-        draw(index, path, word, leaf) for index, ((path, leaf), word) in enumerate(zip(leaves, words, strict=True))
+        draw(index, path, word, leaf) for index, ((path, leaf), word) in enumerate(zip(leaves, names, strict=True))
     ]
     return jax.tree_util.tree_unflatten(treedef, arrays)
 

@@ -9,24 +9,41 @@ from jaxinfer import mesh
 from jaxinfer.config import LayerSpec
 from jaxinfer.ops.linear import dot
 
+# Of a draft tree: (base [B], sees [T, M] bool, depth [M]): slot base + i, at position base + depth[i], is seen by a
+# query t where sees[t, i]; slots before base are at the position of their index, and seen by all.
+Branches = tuple[jax.Array, jax.Array, jax.Array]
 MASKED = -1e30  # finite: a query that sees nothing (a pad) gives numbers, not NaN
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, spec: LayerSpec) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    position: jax.Array,
+    spec: LayerSpec,
+    branches: Branches | None = None,
+) -> jax.Array:
     """Reference attention: plain and exact, the truth every kernel is compared with.
 
     q [B, T, N, H] at `position` [B, T] sees the slots s <= position of k and v [B, K, S, H] (inside the window, where
-    the spec has one). Scores and their softmax are float32. Gives [B, T, N, H] in the dtype of q.
+    the spec has one; those of its own branch, where they are a tree). Scores and their softmax are float32. Gives
+    [B, T, N, H] in the dtype of q.
     """
     slot = jnp.arange(k.shape[2])
     rows = queries(q, k)  # [B, K, GT, H]
-    score = scores(rows, k, visible(position, slot, spec), spec)  # [B, K, GT, S]
+    score = scores(rows, k, visible(position, slot, spec, branches), spec)  # [B, K, GT, S]
     weight = jax.nn.softmax(score).astype(v.dtype)
     return answers(dot(weight, v, "BKXS,BKSH->BKXH"), q)
 
 
 def attend_blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, spec: LayerSpec, block: int = 512
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    position: jax.Array,
+    spec: LayerSpec,
+    block: int = 512,
+    branches: Branches | None = None,
 ) -> jax.Array:
     """`attend` with an online softmax over blocks of slots (Milakov and Gimelshein 2018, Rabe and Staats 2021).
 
@@ -34,15 +51,25 @@ def attend_blockwise(
     that a long prompt needs memory for [B, N, T, block] and not [B, N, T, S].
     """
     local = functools.partial(attend_part, spec=spec, block=block)
-    return mesh.shard_map(local, ("BTNH", "BKSH", "BKSH", "BT"), "BTNH")(q, k, v, position)
+    words = ("BTNH", "BKSH", "BKSH", "BT", None if branches is None else ("B", "__", "_"))
+    return mesh.shard_map(local, words, "BTNH")(q, k, v, position, branches)
 
 
-def attend_part(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, spec: LayerSpec, block: int):
+def attend_part(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    position: jax.Array,
+    branches: Branches | None,
+    spec: LayerSpec,
+    block: int,
+) -> jax.Array:
     """`attend_blockwise` of one device's rows, heads and slots; the parts of S are merged by their own softmax."""
     size = k.shape[2]
     block, begin = min(block, size), mesh.start("S", size)
     rows = queries(q, k)
-    ends = jnp.where(position < size * mesh.parts("S"), position + 1 - begin, 0)
+    last = position if branches is None else branches[0][:, None] + len(branches[2]) - 1  # of the slots it may see
+    ends = jnp.where(position < size * mesh.parts("S"), last + 1 - begin, 0)
     past = jnp.clip(jnp.max(ends), 0, size)
 
     def body(index, carry):
@@ -50,7 +77,7 @@ def attend_part(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, s
         # the last block may reach back into the one before: its slots that were seen already are masked
         start = jnp.minimum(index * block, size - block)
         slot = start + jnp.arange(block)
-        seen = visible(position, begin + slot, spec) & (slot >= index * block)
+        seen = visible(position, begin + slot, spec, branches) & (slot >= index * block)
         take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block, axis=2)
         score = scores(rows, take(k), seen, spec)
         peak = jnp.maximum(best, score.max(-1))
@@ -68,10 +95,18 @@ def attend_part(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, s
     return answers(out / jnp.maximum(total, 1e-30)[..., None], q)
 
 
-def visible(position: jax.Array, slot: jax.Array, spec: LayerSpec) -> jax.Array:
+def visible(position: jax.Array, slot: jax.Array, spec: LayerSpec, branches: Branches | None = None) -> jax.Array:
     """Which slots [S] a query at each position [B, T] sees: [B, T, S]."""
-    seen = slot <= position[:, :, None]
-    return seen if spec.window is None else seen & (slot > position[:, :, None] - spec.window)
+    if branches is None:
+        seen, place = slot <= position[:, :, None], slot
+    else:
+        base, sees, depth = branches
+        own = slot - base[:, None]  # [B, S]
+        pending, own = (own >= 0) & (own < len(depth)), jnp.clip(own, 0, len(depth) - 1)
+        branch = sees[:, own].transpose(1, 0, 2)  # [B, T, S]
+        seen = jnp.where(pending[:, None], branch, (slot < base[:, None])[:, None])
+        place = jnp.where(pending, base[:, None] + depth[own], slot)[:, None]
+    return seen if spec.window is None else seen & (place > position[:, :, None] - spec.window)
 
 
 def queries(q: jax.Array, k: jax.Array) -> jax.Array:

@@ -82,6 +82,29 @@ def choose(
     return split(local, words, ("B", "B"), logits, model, sampling.temperature, sampling.seed, key, position)
 
 
+def candidates(
+    logits: jax.Array, sampling: Sampling, key: jax.Array, position: jax.Array, purpose: int, count: int
+) -> jax.Array:
+    """Draws `count` different ids per row, best first: the first is that of `sample`. -> [B, count] int32
+
+    The largest of logits + noise are a draw without replacement, in its order (Kool et al. 2019, Gumbel top-k).
+    logits [B, V], sampling laid out and position [B] as in `sample`; a greedy row has no noise.
+    """
+
+    def local(logits: jax.Array, temperature: jax.Array, seed: jax.Array, key: jax.Array, position: jax.Array):
+        V = logits.shape[-1]
+        first = mesh.start("V", V)
+        gumbel = noise(key, seed, position, purpose, V, first)
+        value, own = lax.top_k(logits + jnp.where((temperature < GREEDY)[:, None], 0, gumbel), min(count, V))
+        facts = mesh.gather(jnp.stack([value, (first + own).astype(jnp.float32)], 1), "V")  # [B, 2, parts count]
+        _, best = lax.top_k(facts[:, 0], count)  # of equals the first, which has the lowest id
+        return jnp.take_along_axis(facts[:, 1], best, 1).astype(jnp.int32)
+
+    words = ("BV", "B", "B", "_", "B")
+    data = jax.random.key_data(key)
+    return split(local, words, "B_", logits, sampling.temperature, sampling.seed, data, position)
+
+
 def logprobs(logits: jax.Array, ids: jax.Array) -> jax.Array:
     """log softmax(logits)[ids] in float32, logits [B, V] being the model's own, unprocessed; ids [B] -> [B]."""
 

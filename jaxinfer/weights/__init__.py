@@ -2,8 +2,20 @@
 
 from jaxinfer.weights import convert
 from jaxinfer.weights.export import stored_tensors
+from jaxinfer.weights.heads import is_head, load_head, save_head
 from jaxinfer.weights.huggingface import load, sampling_defaults
 from jaxinfer.weights.orbax import save
 from jaxinfer.weights.safetensors import Checkpoint, write_safetensors
 
-__all__ = ["Checkpoint", "convert", "load", "sampling_defaults", "save", "stored_tensors", "write_safetensors"]
+__all__ = [
+    "Checkpoint",
+    "convert",
+    "is_head",
+    "load",
+    "load_head",
+    "sampling_defaults",
+    "save",
+    "save_head",
+    "stored_tensors",
+    "write_safetensors",
+]

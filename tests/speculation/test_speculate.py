@@ -2,20 +2,26 @@
 
 import functools
 import itertools
+import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+import tiny_models
 from flax import struct
 
 import jaxinfer
 from jaxinfer import mesh, models
-from jaxinfer.speculation import LayersDraft, ModelDraft, NGram, speculate
+from jaxinfer.decoding import State
+from jaxinfer.speculation import Draft, HeadDraft, LayersDraft, ModelDraft, NGram, Tree, drawing, speculate
 from jaxinfer.speculation import verify as verifying
 from jaxinfer.testing import Table, tiny_config, tiny_model
+from jaxinfer.weights import load_head, save_head
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 PROMPTS = [[5, 6, 7, 8, 9, 5, 6, 7], [11, 12, 13], [20]]
 NEW = 24
 FILTERED = {
@@ -28,68 +34,92 @@ FILTERED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quickly_compiled():
-    """Without most optimizations: half of the time, and the laws are the same."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @struct.dataclass
-class Guess:
+class Guess(Draft):
     """The example of the protocol: says the newest token again; on the second row nothing."""
 
-    def begin(self, state, width, J):
-        return ()
+    abstains = True
 
-    def propose(self, memory, state, active, num, J, draw):
-        return jnp.repeat(state.newest[:, None], J, 1), None, num * (jnp.arange(len(num)) != 1), memory, state
+    def propose(self, memory, state, active, num, draw):
+        ids = jnp.repeat(state.newest[:, None], draw.tree.height, 1)
+        return ids, None, num * (jnp.arange(len(num)) != 1), memory, state
 
-    def commit(self, memory, before, state, num):
-        return memory
+
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "gemma2": {"window": 5, "softcap": 20.0, "post_norm": True, "activation": "gelu_tanh"},
+    "gpt2": {"rope": None, "gated": False, "qkv_bias": True, "ffn_bias": True, "num_kv_heads": 6, "activation": "gelu"},
+    "olmo2": {"qk_norm": "projection", "pre_norm": False, "post_norm": True},
+}
 
 
 @functools.cache
-def target():
-    return tiny_model(num_layers=3)
+def target(family="llama"):
+    """(params, config) in the manner of a family; every other layer of gemma2 has a window."""
+    if family in FAMILIES:
+        params, config = tiny_model(num_layers=2, **FAMILIES[family])
+        if family == "gemma2":
+            first, second = config.layers
+            config = config.replace(layers=(first, second.replace(window=None)), softcap=10.0, embed_scale=6.0)
+        return params, config
+    with tempfile.TemporaryDirectory() as directory:  # a checkpoint of a real family
+        tiny_models.write_checkpoint(pathlib.Path(directory), family, "long" if family == "gpt2" else "plain")
+        return jaxinfer.load(directory, dtype=jnp.float32)
 
 
-def near(params, config):
-    """A draft that is often right: the target with a little noise in its weights."""
+def noisy(params, scale=0.02):
+    """Params with a little noise: a draft that is often right."""
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(7)
-    noisy = [x + 0.02 * jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in leaves]
-    return jax.tree.unflatten(tree, noisy)
+    return jax.tree.unflatten(tree, [x + scale * jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in leaves])
 
 
-def make_draft(kind, params, config, place=lambda *pair: pair):
+@functools.cache
+def head_of(family):
+    """A directory with a head for a target of this family."""
+    params, config = target(family)
+    directory = tempfile.mkdtemp()
+    own = models.head_config(config)
+    head = models.init_head(own, jax.random.key(3), jnp.float32)
+    save_head(directory, head, own, models.fingerprint(params, config))
+    return directory
+
+
+def make_draft(kind, params, config, family, place=lambda params, config: (params, config)):
     """One draft of each kind for a (placed) target."""
-    own, plain = target()
-    match kind:
+    own, plain = target(family)
+    match kind.removesuffix(" tree"):
         case "itself":
             return ModelDraft(params, config)
         case "model":
-            return ModelDraft(*place(near(own, plain), plain))
+            return ModelDraft(*place(noisy(own), plain))
         case "layers":
-            return LayersDraft(params, config, 2)
+            return LayersDraft(params, config, 1)
+        case "head":
+            head, head_config, _ = load_head(head_of(family), jnp.float32)
+            return HeadDraft(head, params, head_config, config)
         case "ngram":
             return NGram()
     return Guess()
 
 
+def tree_of(kind, J):
+    """A tree about as deep as J asks for."""
+    return {1: (3,), 2: (2, 2), 4: (2, 2, 1, 1)}.get(J, (2, 1, 2, 1, 1)) if kind.endswith("tree") else None
+
+
 @functools.cache
-def expected(name):
+def expected(name, family="llama"):
     """What `generate` says, greedy or filtered."""
-    params, config = target()
+    params, config = target(family)
     sampling = jaxinfer.Sampling(temperature=0.0) if name == "greedy" else jaxinfer.Sampling(**FILTERED)
     result = jaxinfer.generate(params, config, PROMPTS, sampling=sampling, max_new_tokens=NEW)
     return sampling, np.asarray(result.ids), np.asarray(result.logprobs)
 
 
-def same(axes, kind, rule, name, J, on_mesh):
-    sampling, ids, logprobs = expected(name)
+def same(axes, kind, rule, name, J, family, on_mesh):
+    sampling, ids, logprobs = expected(name, family)
+    head_of(family)  # made without the mesh
 
     def place(params, config):
         if not axes:
@@ -98,11 +128,12 @@ def same(axes, kind, rule, name, J, on_mesh):
         return mesh.shard(params, models.letters(config)), config
 
     with on_mesh(axes):
-        params, config = place(*target())
-        draft = make_draft(kind, params, config, place)
+        params, config = place(*target(family))
+        draft = make_draft(kind, params, config, family, place)
         result = speculate(
-            params, config, PROMPTS, draft=draft, num_draft_tokens=J, rule=rule, sampling=sampling, max_new_tokens=NEW
-        )
+            params, config, PROMPTS, draft=draft, num_draft_tokens=J, tree=tree_of(kind, J), rule=rule,
+            sampling=sampling, max_new_tokens=NEW,
+        )  # fmt: skip
         got, scores, tokens = np.asarray(result.ids), np.asarray(result.logprobs), int(result.num.sum())
         accepted, rounds = int(result.accepted.sum()), int(result.rounds.sum())
     rows = slice(None) if rule == "shared" or name == "greedy" else slice(0, 1)  # the others draw other ids
@@ -112,12 +143,20 @@ def same(axes, kind, rule, name, J, on_mesh):
     assert accepted + rounds >= tokens  # a round that is cut short may end with a draft
     if kind == "itself":
         assert rounds <= len(PROMPTS) * -(-NEW // (J + 1)), "a draft that is the target is always right"
+    if kind.startswith("model"):
+        assert accepted > 0, "a draft that is never right shows little"
 
 
-KINDS = ("ngram", "model", "itself", "layers", "guess")
+KINDS = ("ngram", "model", "itself", "layers", "head", "guess", "model tree", "head tree", "layers tree")
 RULES = ("shared", "token", "block")
 MESHES = ("", "tensor=4", "data=2,tensor=2")
-EVERY = list(itertools.product(KINDS, RULES, MESHES, ("greedy", "filtered"), (1, 3, 8)))
+NAMES = ("greedy", "filtered")
+
+
+def cases(families, lengths):
+    """Every combination that there is: a tree has no block rule."""
+    product = itertools.product(KINDS, RULES, MESHES, NAMES, lengths, families)
+    return [case for case in product if not (case[0].endswith("tree") and case[1] == "block")]
 
 
 def covering(cases):
@@ -131,15 +170,18 @@ def covering(cases):
     return chosen
 
 
-@pytest.mark.parametrize(("kind", "rule", "axes", "name", "J"), covering(EVERY))
-def test_speculation_says_what_generate_says(kind, rule, axes, name, J, on_mesh):
-    same(axes, kind, rule, name, J, on_mesh)
+AXES = ("kind", "rule", "axes", "name", "J", "family")
+
+
+@pytest.mark.parametrize(AXES, covering(cases(FAMILIES, (1, 2, 4, 8))))
+def test_speculation_says_what_generate_says(kind, rule, axes, name, J, family, on_mesh):
+    same(axes, kind, rule, name, J, family, on_mesh)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("kind", "rule", "axes", "name", "J"), EVERY)
-def test_speculation_says_what_generate_says_in_every_combination(kind, rule, axes, name, J, on_mesh):
-    same(axes, kind, rule, name, J, on_mesh)
+@pytest.mark.parametrize(AXES, cases((*FAMILIES, *tiny_models.CASES), range(1, 9)))
+def test_speculation_says_what_generate_says_in_every_combination(kind, rule, axes, name, J, family, on_mesh):
+    same(axes, kind, rule, name, J, family, on_mesh)
 
 
 # --- laws, by counting ---------------------------------------------------------------------------------------------
@@ -152,22 +194,30 @@ def table(seed):
     return jnp.asarray(1.5 * np.random.default_rng(seed).standard_normal((V, V)), jnp.float32)
 
 
-def far_from_the_law(rule, sampling, draft):
-    """By how many deviations the chi-square of LENGTH tokens jointly is too large."""
+def joint_law(p, settings):
+    """The law [V, ..., V] of LENGTH tokens after id 0, the processors seeing every prefix."""
+    joint = np.ones(())
+    for n in range(LENGTH):
+        said = np.array(list(itertools.product(range(V), repeat=n)), int).reshape(V**n, n)
+        tokens = jnp.asarray(np.pad(said, ((0, 0), (1, 0))))
+        rows = jnp.full(V**n, n + 1)
+        logits = jaxinfer.sampling.process(
+            p[tokens[:, -1]], jaxinfer.Sampling(**settings).rows(V**n, V), tokens, rows, rows * 0 + 1
+        )
+        law = np.asarray(jax.nn.softmax(logits), np.float64)
+        joint = joint[..., None] * law.reshape((V,) * (n + 1))
+    return joint
+
+
+def far_from_the_law(rule, settings, draft, tree=None, cost=None):
+    """The probability of a chi-square as large as that of LENGTH tokens jointly."""
     p = table(0)
-    sampling = jaxinfer.Sampling(**sampling, seed=list(range(ROWS)))
+    sampling = jaxinfer.Sampling(**settings, seed=list(range(ROWS)))
     result = speculate(
-        p, CONFIG, [[0]] * ROWS, draft=draft, num_draft_tokens=3, rule=rule, sampling=sampling, model=Table(),
-        max_new_tokens=LENGTH,
+        p, CONFIG, [[0]] * ROWS, draft=draft, num_draft_tokens=3, tree=tree, rule=rule, cost=cost, sampling=sampling,
+        model=Table(), max_new_tokens=LENGTH,
     )  # fmt: skip
-    plain = jaxinfer.sampling.process(
-        p, jaxinfer.Sampling(**{k: v for k, v in vars(sampling).items() if k in ("temperature", "top_k", "top_p")}),
-        jnp.zeros((V, 1), jnp.int32), jnp.ones(V, jnp.int32), jnp.ones(V, jnp.int32),
-    )  # fmt: skip
-    law = np.asarray(jax.nn.softmax(plain), np.float64)
-    joint = law[0]
-    for _ in range(LENGTH - 1):
-        joint = joint[..., None] * law.reshape((1,) * (joint.ndim - 1) + (V, V))
+    joint = joint_law(p, settings)
     ids = np.asarray(result.ids)[:, :LENGTH]
     seen = np.bincount(np.ravel_multi_index(ids.T, joint.shape), minlength=joint.size)
     want = ROWS * joint.reshape(-1)
@@ -179,8 +229,14 @@ def far_from_the_law(rule, sampling, draft):
     return scipy.stats.chi2.sf(statistic, degrees)
 
 
-SETTINGS = {"plain": {"temperature": 1.0}, "cool": {"temperature": 0.6}, "top_k": {"temperature": 1.0, "top_k": 3},
-            "top_p": {"temperature": 1.3, "top_p": 0.8}}  # fmt: skip
+SETTINGS = {
+    "plain": {"temperature": 1.0},
+    "cool": {"temperature": 0.6},
+    "top_k": {"temperature": 1.0, "top_k": 3},
+    "top_p": {"temperature": 1.3, "top_p": 0.8},
+    "min_p": {"temperature": 1.2, "min_p": 0.2},
+    "penalties": {"temperature": 0.9, "repetition_penalty": 1.5, "frequency_penalty": 0.7, "presence_penalty": -0.4},
+}
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -190,19 +246,53 @@ def test_emitted_tokens_have_the_law_of_the_target(rule, settings):
     assert far_from_the_law(rule, settings, draft) > 1e-4
 
 
+@pytest.mark.parametrize("settings", [SETTINGS["plain"], SETTINGS["penalties"]], ids=["plain", "penalties"])
+@pytest.mark.parametrize("rule", ["shared", "token"])
+def test_the_tokens_of_a_tree_have_the_law_of_the_target(rule, settings):
+    draft = ModelDraft(table(1), CONFIG, Table())
+    assert far_from_the_law(rule, settings, draft, tree=(3, 2)) > 1e-4
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_draft_without_probabilities_has_the_law_of_the_target(rule):
     assert far_from_the_law(rule, SETTINGS["plain"], NGram()) > 1e-4
 
 
-def test_a_planted_mistake_in_the_loop_shows_in_the_counts(monkeypatch):
-    def wrong(rule, p, q, ids):
-        return verifying_law(rule, p, q, ids)[0], p  # resampled from p
+def test_a_row_that_drafts_as_much_as_pays_has_the_law_of_the_target():
+    assert far_from_the_law("token", SETTINGS["cool"], ModelDraft(table(1), CONFIG, Table()), cost=0.4) > 1e-4
 
-    verifying_law = verifying.law
+
+def test_what_a_draft_says_it_was_drawn_from_is_what_it_was_drawn_from(monkeypatch):
+    drawn_from, sample = [], drawing.draws.sample
+
+    def watched(logits, *rest):
+        drawn_from.append(logits)
+        return sample(logits, *rest)
+
+    monkeypatch.setattr(drawing.draws, "sample", watched)
+    state = State.init(Table().init_cache(2, 8)).ask(jnp.zeros((2, 1), jnp.int32), jnp.ones(2, jnp.int32))
+    controls = jaxinfer.Sampling(temperature=0.8, top_k=2).rows(2, V)
+    shared = drawing.Shared(Tree.chain(3), controls, jax.random.key(0), None, "token", None)
+    _, said = drawing.Draw(shared, state).next(table(1)[:2], jnp.zeros((2, 3), jnp.int32), 0)
+    assert said is drawn_from[0]
+
+
+PLANTED = {  # what the draft's draw and the verdict must have in common
+    "resampled from p": ("law", lambda law: lambda rule, p, q, ids, tree: (law(rule, p, q, ids, tree)[0], p)),
+    "accepted with the noise of the draw": ("ACCEPT", lambda _: jaxinfer.sampling.DRAFT),
+    "a round's noise used again": ("place", lambda _: lambda rule, start, i: start + i),
+}
+
+
+@pytest.mark.parametrize(("name", "wrong"), PLANTED.values(), ids=PLANTED)
+def test_a_planted_mistake_in_the_loop_shows_in_the_counts(name, wrong, monkeypatch):
     jax.clear_caches()
-    monkeypatch.setattr(verifying, "law", wrong)
-    found = far_from_the_law("token", SETTINGS["plain"], ModelDraft(table(1), CONFIG, Table()))
+    broken = wrong(getattr(verifying, name))
+    for module in (verifying, drawing):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, broken)
+    rule = "block" if name == "place" else "token"
+    found = far_from_the_law(rule, SETTINGS["plain"], ModelDraft(table(1), CONFIG, Table()))
     jax.clear_caches()
     assert found < 1e-6
 
@@ -256,7 +346,7 @@ def test_a_budget_ends_inside_a_block_and_stop_ids_wait_for_min_new_tokens():
 
 def test_a_row_says_alone_what_it_says_in_a_batch():
     params, config = target()
-    draft = make_draft("model", params, config)
+    draft = make_draft("model", params, config, "llama")
     sampling, ids, _ = expected("filtered")
     for row, prompt in enumerate(PROMPTS):
         own = jaxinfer.Sampling(**{name: value[row] for name, value in FILTERED.items()})
@@ -266,7 +356,7 @@ def test_a_row_says_alone_what_it_says_in_a_batch():
 
 def test_a_conversation_goes_on_from_the_state_and_plain_decoding_can_go_on_from_it():
     params, config = target()
-    draft = make_draft("model", params, config)
+    draft = make_draft("model", params, config, "llama")
     whole = expected("greedy")
     first = speculate(params, config, PROMPTS, draft=draft, max_new_tokens=10, cache=jaxinfer.init_cache(
         config, len(PROMPTS), 64, max_pending=5))  # fmt: skip
@@ -281,13 +371,41 @@ def test_a_conversation_goes_on_from_the_state_and_plain_decoding_can_go_on_from
 
 def test_bad_requests_are_refused_with_both_values():
     params, config = target()
-    ask = functools.partial(speculate, params, config, PROMPTS, draft=NGram())
+    ask = functools.partial(speculate, params, config, PROMPTS)
     with pytest.raises(ValueError, match="num_draft_tokens is 0"):
-        ask(num_draft_tokens=0)
+        ask(draft=NGram(), num_draft_tokens=0)
     with pytest.raises(ValueError, match="'fast' is not known: take one of shared, token, block"):
-        ask(rule="fast")
+        ask(draft=NGram(), rule="fast")
     with pytest.raises(ValueError, match="1 tokens pending but num_draft_tokens 4 needs 5"):
-        ask(cache=jaxinfer.init_cache(config, 3, 64))
-    other = tiny_model(vocab_size=77)
+        ask(draft=NGram(), cache=jaxinfer.init_cache(config, 3, 64))
+    with pytest.raises(ValueError, match="5 tokens pending but the draft tree needs 10"):
+        ask(draft=LayersDraft(params, config, 1), tree=(3, 2), cache=jaxinfer.init_cache(config, 3, 64, max_pending=5))
     with pytest.raises(ValueError, match="the draft has 77 ids but the target 101"):
-        ask(draft=ModelDraft(*other))
+        ask(draft=ModelDraft(*tiny_model(vocab_size=77)))
+    with pytest.raises(ValueError, match="vocab is 90 but the draft has 77 ids and the target 101"):
+        ask(draft=ModelDraft(*tiny_model(vocab_size=77), vocab=90))
+    with pytest.raises(ValueError, match="NGram guesses one token at a place"):
+        ask(draft=NGram(), tree=(2, 2))
+    with pytest.raises(ValueError, match="the block rule decides about a chain"):
+        ask(draft=LayersDraft(params, config, 1), tree="2,2", rule="block")
+    with pytest.raises(ValueError, match="the draft tree has 84 nodes: it must have from 1 to 63"):
+        ask(draft=LayersDraft(params, config, 1), tree=(4, 4, 4))
+    with pytest.raises(ValueError, match="draft tree '2;2' cannot be read"):
+        ask(draft=LayersDraft(params, config, 1), tree="2;2")
+    head = models.head_config(tiny_config(width=20))
+    with pytest.raises(ValueError, match="hidden states of width 20 but the target's have 36"):
+        ask(draft=HeadDraft(models.init_head(head, jax.random.key(0)), params, head, config))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_ids_that_only_the_draft_knows_are_never_drawn(rule):
+    params, config = target()
+    wide, padded = tiny_model(num_layers=2, vocab_size=112, seed=0)
+    draft = ModelDraft(wide, padded, vocab=101)
+    sampling = jaxinfer.Sampling(temperature=[0.0, 3.0, 3.0])
+    result = speculate(params, config, PROMPTS, draft=draft, rule=rule, sampling=sampling, max_new_tokens=NEW)
+    ids = np.asarray(result.ids)[:, :NEW]
+    assert (ids >= 0).all() and (ids < 101).all() and int(result.drafted.sum()) > 0
+    plain = jaxinfer.generate(params, config, PROMPTS, sampling=sampling, max_new_tokens=NEW)
+    rows = slice(None) if rule == "shared" else slice(0, 1)
+    np.testing.assert_array_equal(ids[rows], np.asarray(plain.ids)[rows, :NEW])

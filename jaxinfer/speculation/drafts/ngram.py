@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxinfer.decoding.state import State
-from jaxinfer.speculation.drafts.base import Draw
+from jaxinfer.speculation.drafts.base import Draft
+from jaxinfer.speculation.drawing import Draw
 
 
 @struct.dataclass
-class NGram:
+class NGram(Draft):
     """Continues as after the latest earlier place that shares the longest end, of `least` to `most` tokens.
 
     Where the copied stretch runs into the newest token it goes round: a text that repeats itself is drafted for ever.
@@ -21,16 +22,13 @@ class NGram:
 
     most: int = struct.field(pytree_node=False, default=3)
     least: int = struct.field(pytree_node=False, default=1)
+    abstains = True
 
-    def begin(self, state: State, width: int, J: int) -> Any:
-        """Nothing: the state carries every token."""
-        return ()
-
-    def propose(self, memory: Any, state: State, active: jax.Array, num: jax.Array, J: int, draw: Draw):
+    def propose(self, memory: Any, state: State, active: jax.Array, num: jax.Array, draw: Draw):
         """See `Draft`."""
         place, shared = self.find(state.tokens, state.length)
         period = jnp.maximum(state.length - 1 - place, 1)[:, None]
-        source = place[:, None] + 1 + jnp.arange(J) % period
+        source = place[:, None] + 1 + jnp.arange(draw.tree.height) % period
         ids = jnp.take_along_axis(state.tokens, jnp.minimum(source, state.tokens.shape[1] - 1), 1)
         return jnp.maximum(ids, 0), None, jnp.where(shared >= self.least, num, 0), memory, state
 
@@ -47,7 +45,3 @@ class NGram:
         run = jnp.where(slot < length[:, None] - 1, run, 0)
         place = jnp.argmax(run * S + slot, axis=1).astype(jnp.int32)
         return place, jnp.take_along_axis(run, place[:, None], 1)[:, 0]
-
-    def commit(self, memory: Any, before: State, state: State, num: jax.Array) -> Any:
-        """Nothing."""
-        return memory
