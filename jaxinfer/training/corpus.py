@@ -14,6 +14,7 @@ import lzma
 import os
 import pathlib
 import sysconfig
+from collections.abc import Iterable
 from typing import Any
 
 LIST = pathlib.Path(__file__).with_name("stdlib-3.11.7.json")
@@ -58,6 +59,46 @@ def read_corpus(stdlib: str | os.PathLike[str] | None = None) -> Corpus:
             )
         parts[is_held_out(path, wanted["held_out"])][path] = data.decode("utf-8")
     return Corpus(*parts)
+
+
+def read_texts(places: Iterable[str | os.PathLike[str]], held_out: float = 0.05) -> Corpus:
+    """UTF-8 text of files, and of every file below directories (hidden ones aside), by path and in sorted order.
+
+    The last part of all their characters is held out: whole files, and the end of one, cut at a line. Raises ValueError
+    or OSError, in one line, for a file that is not UTF-8, and where there is no text.
+    """
+    found = [path for place in places for path in files_below(pathlib.Path(place))]
+    texts = {str(path): read_text(path) for path in sorted(set(found))}
+    texts = {path: text for path, text in texts.items() if text}
+    total = sum(map(len, texts.values()))
+    if not total:
+        raise ValueError(f"there is no text in {', '.join(map(str, places))}: give files, or directories of them")
+    parts: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    left = total - int(total * held_out)  # characters that are trained on
+    for path, text in texts.items():
+        cut = max(min(left, len(text)), 0)
+        if cut < len(text):
+            cut = text.rfind("\n", 0, cut) + 1 or cut
+        left -= len(text)
+        for part, piece in zip(parts, (text[:cut], text[cut:]), strict=True):
+            part.update({path: piece} if piece else {})
+    return Corpus(*parts)
+
+
+def files_below(place: pathlib.Path) -> list[pathlib.Path]:
+    """A file itself, or what lies below a directory, without what is hidden in it."""
+    if not place.is_dir():
+        return [place]
+    inside = (path for path in place.rglob("*") if path.is_file())
+    return [path for path in inside if not any(part.startswith(".") for part in path.relative_to(place).parts)]
+
+
+def read_text(path: pathlib.Path) -> str:
+    """A file's text, its line ends as they are."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): leave it out") from None
 
 
 def xz_bits_per_byte(texts: dict[str, str]) -> float:

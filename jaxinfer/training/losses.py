@@ -19,13 +19,17 @@ Nats = Callable[[Any, jax.Array], jax.Array]  # (params, ids [B, T + 1]) -> [B, 
 
 def token_nats(params: Any, config: ModelConfig, ids: jax.Array) -> jax.Array:
     """-log p of every token of ids [B, T + 1] but the first, given those before it: [B, T] float32."""
-    B, T = ids.shape[0], ids.shape[1] - 1
-    cache = init_cache(config, rows=B, size=T, kind="none")
-    step = cache.step(jnp.full(B, T, jnp.int32), T)
-    (hidden, _), _ = models.decoder(params, config, ids[:, :-1], cache, step)
-    score = models.logits(params, config, hidden).astype(jnp.float32)
+    score = models.logits(params, config, features(params, config, ids[:, :-1])).astype(jnp.float32)
     chosen = jnp.take_along_axis(score, ids[:, 1:, None], axis=-1)[..., 0]
     return jax.nn.logsumexp(score, axis=-1) - chosen
+
+
+def features(params: Any, config: ModelConfig, ids: jax.Array) -> jax.Array:
+    """The hidden states [B, T, D] of ids [B, T] behind the last layer, before the last norm. Differentiable."""
+    B, T = ids.shape
+    cache = init_cache(config, rows=B, size=T, kind="none")
+    (hidden, _), _ = models.decoder(params, config, ids, cache, cache.step(jnp.full(B, T, jnp.int32), T))
+    return hidden
 
 
 def loss(params: Any, config: ModelConfig, ids: jax.Array) -> jax.Array:

@@ -18,6 +18,8 @@ MATRICES = {
     "gate": MuonDimensionNumbers(reduction_axis=(1,), output_axis=(0,)),
     "up": MuonDimensionNumbers(reduction_axis=(1,), output_axis=(0,)),
     "down": MuonDimensionNumbers(reduction_axis=(1,), output_axis=(0,)),
+    "fuse_hidden": MuonDimensionNumbers(reduction_axis=(1,), output_axis=(0,)),
+    "fuse_embed": MuonDimensionNumbers(reduction_axis=(1,), output_axis=(0,)),
 }
 
 
