@@ -2,12 +2,16 @@
 
     python scripts/decode.py --prompt "def fibonacci(n):" --max-new-tokens 64
     python scripts/decode.py --prompt "import os" "class Stack:" --temperature 0.8 --num-samples 2 --json
+    python scripts/decode.py --prompt "import os" --draft builtin --compare
     python scripts/decode.py --prompt "import os" --cpu-devices 8 --mesh data=2,tensor=4
 
 Draws depend on --seed, which is 0 unless given: the same command says the same again. --temperature 0 is greedy. The
 text goes to stdout as it is made, then a short report to stderr; with --json the last line of stdout is one JSON object
 instead. Several prompts are the rows of one batch. Compiled programs are kept for the next run, in
 $JAX_COMPILATION_CACHE_DIR or in jaxinfer/programs in the user's cache directory.
+
+--draft guesses some tokens ahead, which the model verifies in one pass: the text is the same (see --rule), only sooner
+where enough guesses are right. The report says how many were; --compare measures what that is worth.
 
 --mesh lays model and cache over several devices, --coordinator over several processes, each started with the same flags
 but its own --process-id; process 0 prints. Neither changes what is said.
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -47,7 +52,8 @@ CHUNK = 32  # tokens a dispatch, at most
 
 def parse_args(argv: list[str] | None = None) -> Settings:
     """The settings; a prompt on the line takes the place of the preset's, whatever its form."""
-    return flags.parse(Settings, "decode.py", __doc__, check, [SOURCES, ("model", "random_weights")], argv)
+    one_of = [SOURCES, ("model", "random_weights"), ("num_draft_tokens", "draft_tree")]
+    return flags.parse(Settings, "decode.py", __doc__, check, one_of, argv)
 
 
 # --- what to run ---------------------------------------------------------------------------------------------------
@@ -61,6 +67,7 @@ class Model:
     params: Any
     config: Any
     tokenizer: Any
+    drafting: Any = None  # see `drafting.Drafting`
 
 
 class Numbers:
@@ -84,8 +91,19 @@ def files(args: Settings) -> dict[str, str]:
     """What all processes must find alike: each file's size with a digest of it, of a tensor file's header."""
     if args.random_weights:
         return {args.random_weights: digest(pathlib.Path(args.random_weights).read_bytes())}
+    found = listed(jaxinfer.hub.locate(args.name))
+    if args.draft:
+        import drafting
+
+        place = drafting.directory(args.draft)
+        found |= {f"the draft's {name}": told for name, told in listed(place).items()} if place else {}
+    return found
+
+
+def listed(directory: pathlib.Path) -> dict[str, str]:
+    """The files of a checkpoint, see `files`."""
     found = {}
-    for path in sorted(jaxinfer.hub.locate(args.name).iterdir()):
+    for path in sorted(directory.iterdir()):
         if path.suffix in (".json", ".jinja", ".safetensors", ".model"):
             with open(path, "rb") as file:
                 length = 8 + int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 2**26
@@ -100,6 +118,16 @@ def digest(data: bytes) -> str:
 
 
 def load(args: Settings) -> Model:
+    """The model, and the draft that is to guess for it."""
+    model = load_model(args)
+    if args.draft is None:
+        return model
+    import drafting
+
+    return dataclasses.replace(model, drafting=drafting.load(args, model))
+
+
+def load_model(args: Settings) -> Model:
     """The checkpoint with its tokenizer, or random weights of a shape."""
     if args.random_weights:
         return random_weights(args.random_weights, args.dtype)
@@ -226,8 +254,13 @@ def begin(args: Settings, model: Model, ids: list[list[int]], held: list[int], b
     if args.profile or whole:
         how |= {"chunk": TRACED if args.profile else max(budget), "pace": math.inf}
     with doors():
-        stream = jaxinfer.stream(
-            model.params, model.config, model.tokenizer, ids, sampling=sampling(args, len(ids)), stop=args.stop,
+        controls, start = sampling(args, len(ids)), jaxinfer.stream
+        if model.drafting is not None:
+            start = functools.partial(
+                jaxinfer.speculation.stream, **model.drafting.ready(model, controls, len(ids), how)
+            )
+        stream = start(
+            model.params, model.config, model.tokenizer, ids, sampling=controls, stop=args.stop,
             max_new_tokens=budget, prefill_chunk=args.prefill_chunk, **how,
         )  # fmt: skip
     decode = stream.compile()[-1]
@@ -259,7 +292,19 @@ def complete(args: Settings, model: Model, group: Group) -> tuple[list[Work], bo
             if pressed:
                 work.stream.stop()
     screen.show(everything=True)
-    return [work], bool(pressed) or "running" in work.stream.finish  # another process may have been asked to stop
+    ended = "running" not in work.stream.finish  # otherwise some process was asked to stop
+    if model.drafting is not None and ended:
+        weigh(args, model, work)
+        if args.compare:
+            again = functools.partial(begin, args, ids=ids, held=lengths, budget=budget, size=S)
+            plain = dataclasses.replace(model, drafting=None)
+            model.drafting.compare(lambda: again(plain).stream, lambda: again(model).stream, work.stream.ids)
+    return [work], bool(pressed) or not ended
+
+
+def weigh(args: Settings, model: Model, work: Work) -> None:
+    """Measures what a pass of the draft costs, where it was not measured before; spends the state."""
+    model.drafting.weigh(model, sampling(args, len(work.fed)), work.stream.state)
 
 
 def converse(args: Settings, model: Model) -> list[Work]:
@@ -291,6 +336,8 @@ def converse(args: Settings, model: Model) -> list[Work]:
         done.append(work)
         messages.append({"role": "assistant", "content": work.stream.text[0]})
         known, how = ids + work.stream.ids[0], {"state": work.stream.state}
+    if model.drafting is not None and done:
+        weigh(args, model, done[-1])
     return done
 
 
@@ -340,16 +387,17 @@ def profiled(work: Work, directory: str) -> Iterator[Any]:
     """The stream, with a trace of its third dispatch: the first that is as warm as all later ones."""
     import jax
 
-    since = 0
+    dispatches = steps = 0
     with contextlib.ExitStack() as trace:
         for delta in work:
-            if not since and work.stream.steps > TRACED:
-                since = work.stream.steps
-                trace.enter_context(jax.profiler.trace(directory))
-            elif since and work.stream.steps > since:
-                trace.close()
+            if work.stream.steps > steps:
+                dispatches, steps = dispatches + 1, work.stream.steps
+                if dispatches == 2:
+                    trace.enter_context(jax.profiler.trace(directory))
+                elif dispatches == 3:
+                    trace.close()
             yield delta
-    if not since:
+    if dispatches < 2:
         say(f"all rows ended before step {TRACED + 1}, where the trace was to begin: {directory} got none")
 
 
@@ -404,12 +452,16 @@ def facts(model: Model, done: list[Work], load_seconds: float, compiled: int) ->
         "bytes_per_token": moved / tokens if warm else None,
         "gb_per_second": rate / 1e9 if rate else None,
         "share_of_bandwidth": rate / chip.bandwidth / len(devices) if rate and chip else None,
+        "speculation": model.drafting and model.drafting.facts(streams),
         "compiled_programs": compiled,
     }
 
 
 def bytes_moved(config: Any, work: Work) -> float:
-    """Weights and valid cache that the steps after the first one had to read; lengths are those half way through."""
+    """Weights and valid cache that the steps after the first one had to read; lengths are those half way through.
+
+    What a draft reads beside them does not count.
+    """
     lengths = [n + len(ids) // 2 for n, ids in zip(work.held, work.stream.ids, strict=True)]
     step = jaxinfer.roofline.decode_bytes(config, len(lengths), lengths, cache_dtype=work.cache["dtype"])
     return step * max(work.stream.steps - 1, 0)

@@ -74,6 +74,8 @@ def report(told: dict[str, Any]) -> None:
         f"weights {size(told['weight_bytes'])}, {cache['kind']} cache {size(cache['bytes'])} ({cache['rows']} x "
         f"{cache['size']} tokens, {cache['dtype']}){speed}{share}"
     )
+    if told["speculation"]:
+        say(fared(told["speculation"], told["dtype"]))
     if told["mesh"]:
         held, axes = told["per_device"], " ".join(f"{axis}={n}" for axis, n in told["mesh"].items())
         sent = [(row["count"], row["kind"], size(row["bytes"])) for row in told["collectives"]]
@@ -82,3 +84,33 @@ def report(told: dict[str, Any]) -> None:
             f"mesh {axes}: {size(held['weight_bytes'])} of weights and {size(held['cache_bytes'])} of cache a device; "
             f"a step: {step or 'no collectives'}"
         )
+
+
+def fared(told: dict[str, Any], dtype: str) -> str:
+    """How a draft fared, in a line or two."""
+    size = f"tree {told['tree']}" if "tree" in told else f"{told['num_draft_tokens']} tokens a round"
+    size += " at most" * told["adaptive"]
+    head = f"draft {told['draft']}, {size}, rule {told['rule']}: "
+    if told["acceptance_rate"] is None:
+        return f"{head}nothing was drafted in {told['rounds']} rounds"
+    places = ", ".join("-" if share is None else f"{share:.0%}" for share in told["accepted_per_position"])
+    line = (
+        f"{head}{told['acceptance_rate']:.0%} of what was tried accepted, of what was drafted by place {places}; "
+        f"{told['tokens_per_round']:.2f} tokens a round"
+    )
+    gains = []
+    if told["predicted_speedup"]:
+        gains.append(
+            f"{told['predicted_speedup']:.2f} predicted, a draft's pass being {told['cost']:.2f} of the model's"
+        )
+    if told.get("measured_speedup"):
+        gains.append(f"{told['measured_speedup']:.2f} measured")
+    line += f"\nspeed-up over plain decoding: {'; '.join(gains)}" if gains else ""
+    if told.get("same_ids"):
+        line += ", with the same ids"
+    elif at := told.get("differs_at"):
+        line += (
+            f"; plain decoding differs from token {at['token']} of row {at['row']} on, where {dtype} rounds a close "
+            "choice otherwise (see --dtype float32)"
+        )
+    return line

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import sys
 
 import runtime
 from flags import dashed, setting
+
+import jaxinfer
 
 FLOATS = ("float32", "bfloat16", "float16")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -14,6 +18,9 @@ SOURCES = ("prompt", "prompt_file", "prompt_length")
 NEW_TOKENS = 128
 TEMPERATURE = 0.7  # small models, the built-in one too, say the same words over and over when they are greedy
 TRACED = 8  # tokens of the dispatch that --profile looks at
+DRAFTING = ("num_draft_tokens", "draft_tree", "rule", "adaptive", "compare")  # settings of a draft
+DRAFT_TOKENS = 4
+RULES = ("shared", "token", "block")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +52,22 @@ class Settings(runtime.Machine):
     cache_dtype: str = setting("auto", "of keys and values (default: the model's)", choices=("auto", *FLOATS))
     max_length: int | None = setting(None, "positions of the cache (default: what is needed)", metavar="S")
     prefill_chunk: int = setting(512, "prompt tokens a dispatch (default 512)", metavar="T")
+    draft: str | None = setting(
+        None,
+        "guesses tokens, which the model verifies: ngram, layers:N (the model's own first), head:builtin, "
+        "head:DIRECTORY, builtin, or another model's directory or hub id",
+        metavar="DRAFT",
+    )
+    num_draft_tokens: int | None = setting(None, f"it guesses a round (default {DRAFT_TOKENS})", metavar="J")
+    draft_tree: str | None = setting(None, "instead: guesses after each of a level, such as 4,2,1", metavar="WIDTHS")
+    rule: str | None = setting(
+        None,
+        "of accepting a guess: shared (default) says what the model alone would; token and block accept more of what "
+        "is sampled, and say something else of the same law",
+        choices=RULES,
+    )
+    adaptive: bool = setting(False, "guess as many tokens as pays, by what was accepted of late")
+    compare: bool = setting(False, "afterwards measure the speed-up: the same prompts, with the draft and without")
     profile: str | None = setting(None, "write a jax.profiler trace of a few warm steps", metavar="DIR")
     stream: bool = setting(True, "show the text as it is made; otherwise it is made in one dispatch")
     json: bool = setting(False, "the report as JSON, on the last line of stdout")
@@ -73,7 +96,7 @@ def check(args: Settings) -> None:
     if args.random_weights:
         apart["random_weights"] = ("model", "prompt", "prompt_file", "chat", "stop", "sampling_defaults")
     if args.interactive:
-        apart["chat (without a prompt)"] = ("num_samples", "stream", "json", "profile")
+        apart["chat (without a prompt)"] = ("num_samples", "stream", "json", "profile", "compare")
     if args.chat:
         apart["chat"] = ("prompt_length",)
     for flag, others in apart.items():
@@ -82,7 +105,7 @@ def check(args: Settings) -> None:
             if getattr(args, name) != usual:
                 other = f"--{'no-' if usual is True else ''}{dashed(name)}"
                 raise ValueError(f"--{dashed(flag)} and {other} contradict each other: leave one of them out")
-    for name in ("num_samples", "max_new_tokens", "prompt_length", "max_length", "prefill_chunk"):
+    for name in ("num_samples", "max_new_tokens", "prompt_length", "max_length", "prefill_chunk", "num_draft_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{dashed(name)} is {value}: it must be at least 1")
@@ -96,7 +119,49 @@ def check(args: Settings) -> None:
     if args.profile and most < 1 + 2 * TRACED:
         raise ValueError(f"--profile needs --max-new-tokens of at least {1 + 2 * TRACED} to get warm, not {most}")
     biases(args)
+    check_draft(args)
     runtime.check(args)
+
+
+def check_draft(args: Settings) -> None:
+    """Refuses a draft that is not understood, and settings of one that contradict each other."""
+    if args.draft is None:
+        for name in DRAFTING:
+            if getattr(args, name) != getattr(Settings(), name):
+                raise ValueError(f"--{dashed(name)} says how a draft is used: give --draft, such as --draft ngram")
+        return
+    kind, _ = spelled(args.draft)
+    if args.random_weights and kind not in ("ngram", "layers"):
+        raise ValueError(
+            f"--random-weights and --draft {args.draft} contradict each other: nothing was trained for random weights, "
+            "so take ngram or layers:N"
+        )
+    if args.draft_tree is None:
+        return
+    if args.num_draft_tokens is not None:
+        raise ValueError("--num-draft-tokens and --draft-tree contradict each other: leave one of them out")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.draft_tree):
+        raise ValueError(f"--draft-tree is {args.draft_tree}: write the guesses after each of a level, such as 4,2,1")
+    if kind == "ngram":
+        raise ValueError(
+            "--draft-tree and --draft ngram contradict each other: ngram guesses one token at a place, so take "
+            "layers:N, a head or a model"
+        )
+    if args.rule == "block":
+        raise ValueError("--draft-tree and --rule block contradict each other: block is for chains, so take another")
+
+
+def spelled(draft: str) -> tuple[str, str]:
+    """What --draft means: ("ngram", ""), ("layers", N), ("head", "builtin" or a directory) or ("model", a name)."""
+    kind, _, rest = draft.partition(":")
+    if draft == "ngram" or (kind == "head" and rest) or (kind == "layers" and re.fullmatch(r"\d{1,4}", rest)):
+        return kind, rest
+    if draft == "builtin" or os.path.isdir(os.path.expanduser(draft)) or jaxinfer.hub.HUB_ID.fullmatch(draft):
+        return "model", draft
+    raise ValueError(
+        f"--draft {draft} is not understood, and no directory: give ngram, layers:N, head:builtin, head:DIRECTORY, "
+        "builtin, or another model's directory or hub id"
+    )
 
 
 def biases(args: Settings) -> dict[int, float]:
