@@ -2,6 +2,7 @@
 
     PYTHONPATH=. ~/.cache/h200-compile/bin/python tests/h200/facts.py --out benchmarks/h200/decode_compile.json
     ... tests/h200/facts.py --model llama-3-70b --mesh tensor=8 --out benchmarks/h200/llama-3-70b_tensor8.json
+    ... tests/h200/facts.py --draft model --out benchmarks/h200/speculate_model.json
 
 Runs in the environment that setup.sh makes, with the repository on the path; compiles, and runs nothing.
 """
@@ -25,6 +26,9 @@ from jaxinfer.decoding import Decoder, State, decode_step
 from jaxinfer.decoding.generate import run
 from jaxinfer.models import param_shapes
 from jaxinfer.sampling import Sampling
+from jaxinfer.speculation import HeadDraft, ModelDraft, NGram, Tree
+from jaxinfer.speculation.loop import run as speculate_run
+from jaxinfer.speculation.plan import Plan
 
 ROWS = 8  # on a mesh
 SIZE = 4096  # positions of the cache
@@ -32,6 +36,8 @@ BUFFER = 128  # new tokens that the loop can give
 SHAPES = {  # D, F, N, K, H, L, V
     "llama-3-8b": (4096, 14336, 32, 8, 128, 32, 128256),
     "llama-3-70b": (8192, 28672, 64, 8, 128, 80, 128256),
+    "llama-3-1b": (2048, 8192, 32, 8, 64, 16, 128256),
+    "tiny-draft": (224, 544, 5, 5, 32, 2, 1009),
     "tiny": (352, 832, 6, 3, 64, 4, 1009),  # sizes of which no activation has as many numbers as a weight
 }
 
@@ -41,6 +47,8 @@ def main(args: argparse.Namespace) -> None:
     config = llama(*SHAPES[args.model])
     if args.mesh:
         facts = on_mesh(config, args)
+    elif args.draft:
+        facts = speculating(config, args)
     else:
         facts = on_one(config, args)
     if args.out:
@@ -65,6 +73,54 @@ def on_one(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
             describe("generate", config, 8, args.keep_cache),
             describe("decode_step", config, 2, args.keep_cache),
         ],
+    }
+
+
+def speculating(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """The loop of `speculate` for one row that begins with a prompt, on one H200."""
+    small, own = llama(*SHAPES["tiny-draft" if args.model == "tiny" else "llama-3-1b"]), models.head_config(config)
+    draft, drafts = {
+        "model": (ModelDraft(param_shapes(small), small), small),
+        "head": (HeadDraft(models.head_shapes(own), param_shapes(config), own, config), own),
+        "ngram": (NGram(), None),
+    }[args.draft]
+    plan = Plan(Tree.branching(3, 2) if args.tree else Tree.chain(4), "shared", args.adaptive)
+    rows = 1
+    cache = jax.eval_shape(lambda: init_cache(config, rows, SIZE, dtype=config.dtype, max_pending=plan.max_pending))
+    sampling = jax.eval_shape(lambda: Sampling().rows(rows, config.vocab_size, config.stop_ids))
+    key, number = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((rows,), "int32")
+    ids, cost = jax.ShapeDtypeStruct((rows, 64), "int32"), jax.ShapeDtypeStruct((), "float32")
+    static = {"model": Decoder(config), "process": None, "buffer": BUFFER, "plan": plan, "fresh": True}
+    began = time.perf_counter()
+    state = jax.eval_shape(State.init, cache)
+    arguments = (param_shapes(config), draft, state, None, ids, number, sampling, number, key, cost)
+    compiled = h200.compile_for_h200(speculate_run, *arguments, **static)
+    seconds = time.perf_counter() - began
+    target, held = jax.tree.leaves(cache.layers), []
+    if drafts is not None:
+        held = jax.tree.leaves(jax.eval_shape(lambda: init_cache(drafts, rows, SIZE, dtype=drafts.dtype)).layers)
+    params = jax.tree.leaves((param_shapes(config), param_shapes(small) if args.draft == "model" else ()))
+    shapes = {leaf.shape for leaf in (*params, *target, *held) if len(leaf.shape) > 1}
+    flags = f"--model {args.model} --draft {args.draft}" + " --tree" * args.tree + " --adaptive" * args.adaptive
+    return {
+        "model": args.model,
+        "draft": args.draft,
+        "nodes": plan.tree.num_nodes,
+        "adaptive": plan.adaptive,
+        "rows": rows,
+        "cache_size": SIZE,
+        "hardware": "NVIDIA H200, compiled without one",
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "command": f"python tests/h200/facts.py {flags}",
+        "compile_seconds": round(seconds, 1),
+        "memory": program.temporaries(compiled),
+        "cache_bytes": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in target),
+        "draft_cache_bytes": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in held),
+        "loops_at_the_top": [loop.trip_count for loop in program.while_loops(compiled)],
+        "copies_in_the_loop": [str(copy) for copy in program.copies(compiled, shapes) if copy.loop],
+        "writes_in_the_loop": [str(write) for write in program.writes(compiled, shapes) if write.loop],
+        "host_callbacks": compiled.as_text().count("callback"),
     }
 
 
@@ -204,5 +260,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=pathlib.Path, help="write the facts to this file too")
     parser.add_argument("--keep-cache", action="store_true", help="plant a mistake: the cache is not donated")
     parser.add_argument("--mesh", help="of H200s, such as tensor=8 or data=2,tensor=4")
+    parser.add_argument("--draft", choices=["model", "head", "ngram"], help="the loop of speculation, with this draft")
+    parser.add_argument("--tree", action="store_true", help="of --draft: three tokens, and two after each")
+    parser.add_argument("--adaptive", action="store_true", help="of --draft: as many tokens as pays")
     parser.add_argument("--mistake", action="store_true", help="plant a mistake: `down` lies whole on every device")
     main(parser.parse_args())

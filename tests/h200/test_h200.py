@@ -95,6 +95,40 @@ def test_the_committed_programs_of_eight_h200s_keep_the_laws(model, axes):
     assert broken_laws_of_a_mesh(facts) == []
 
 
+SPECULATING = {
+    "speculate_model.json": ("--draft", "model"),
+    "speculate_head.json": ("--draft", "head"),
+    "speculate_ngram.json": ("--draft", "ngram"),
+}
+
+
+def broken_laws_of_speculation(facts: dict) -> list[str]:
+    """Which promises a loop that drafts does not keep."""
+    caches = facts["cache_bytes"] + facts["draft_cache_bytes"]
+    laws = {
+        "has another loop at the top": facts["loops_at_the_top"] != [None],
+        "copies a weight or a cache": facts["copies_in_the_loop"],
+        "writes something as large as a weight or a cache": facts["writes_in_the_loop"],
+        "holds a second cache of the target": facts["memory"]["alias"] < facts["cache_bytes"],
+        "holds large temporaries": facts["memory"]["temp"] > max(caches, 1 << 28) / 20 + facts["draft_cache_bytes"],
+        "goes to the host": facts["host_callbacks"],
+    }
+    return [sentence for sentence, broken in laws.items() if broken]
+
+
+@pytest.mark.parametrize("name", SPECULATING)
+def test_the_committed_programs_of_speculation_keep_the_laws(name):
+    facts = json.loads((COMMITTED.parent / name).read_text())
+    assert (facts["model"], facts["hardware"]) == ("llama-3-8b", "NVIDIA H200, compiled without one")
+    assert broken_laws_of_speculation(facts) == []
+
+
+@pytest.mark.h200
+@pytest.mark.parametrize("options", SPECULATING.values(), ids=SPECULATING)
+def test_programs_of_speculation_for_an_h200_keep_the_laws(facts, options):
+    assert broken_laws_of_speculation(facts("--model", "tiny", *options)) == []
+
+
 @pytest.mark.h200
 @pytest.mark.parametrize("axes", MESHES)
 def test_programs_for_eight_h200s_keep_the_laws(facts, axes):
