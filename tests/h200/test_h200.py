@@ -104,13 +104,13 @@ SPECULATING = {
 
 def broken_laws_of_speculation(facts: dict) -> list[str]:
     """Which promises a loop that drafts does not keep."""
-    caches = facts["cache_bytes"] + facts["draft_cache_bytes"]
+    room = max(facts["cache_bytes"] / 8, 1 << 24)  # most of it for the scores of 64 prompt tokens, 33 MB
     laws = {
         "has another loop at the top": facts["loops_at_the_top"] != [None],
         "copies a weight or a cache": facts["copies_in_the_loop"],
         "writes something as large as a weight or a cache": facts["writes_in_the_loop"],
-        "holds a second cache of the target": facts["memory"]["alias"] < facts["cache_bytes"],
-        "holds large temporaries": facts["memory"]["temp"] > max(caches, 1 << 28) / 20 + facts["draft_cache_bytes"],
+        "does not update the cache in place": facts["memory"]["alias"] < facts["cache_bytes"],
+        "holds a second cache": facts["memory"]["temp"] > room + facts["draft_cache_bytes"],
         "goes to the host": facts["host_callbacks"],
     }
     return [sentence for sentence, broken in laws.items() if broken]
