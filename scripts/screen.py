@@ -92,12 +92,13 @@ def fared(told: dict[str, Any], dtype: str) -> str:
     size += " at most" * told["adaptive"]
     head = f"draft {told['draft']}, {size}, rule {told['rule']}: "
     if told["acceptance_rate"] is None:
-        return f"{head}nothing was drafted in {told['rounds']} rounds"
-    places = ", ".join("-" if share is None else f"{share:.0%}" for share in told["accepted_per_position"])
-    line = (
-        f"{head}{told['acceptance_rate']:.0%} of what was tried accepted, of what was drafted by place {places}; "
-        f"{told['tokens_per_round']:.2f} tokens a round"
-    )
+        line = f"{head}nothing was drafted in {told['rounds']} rounds"
+    else:
+        places = ", ".join("-" if share is None else f"{share:.0%}" for share in told["accepted_per_position"])
+        line = (
+            f"{head}{told['acceptance_rate']:.0%} of what was tried accepted, of what was drafted by place {places}; "
+            f"{told['tokens_per_round']:.2f} tokens a round"
+        )
     gains = []
     if told["predicted_speedup"]:
         gains.append(
