@@ -16,10 +16,10 @@ from jax._src import compiler
 
 # Fusions as they were emitted before XLA:CPU did it through MLIR. XLA ends a process that names an option it lacks, so
 # this is asked of the versions that are known to have it.
-EMITTERS = {"xla_cpu_use_fusion_emitters": "false"} if jax.__version_info__ < (0, 11) else {}
+EMITTERS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 QUICKLY = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in EMITTERS.items()),
+    "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in EMITTERS.items()),
 }
 
 

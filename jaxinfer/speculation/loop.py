@@ -81,7 +81,11 @@ class Loop:
     def round(self, result: Speculated) -> Speculated:
         """Drafts, verifies, accepts."""
         before, now, tree = result.state, active(result, self.budget), self.shared.tree
-        room = jnp.minimum(self.budget - result.num - 1, before.cache.size - before.length)
+        slots = (
+            before.cache.size + 1 - before.length
+        )  # free ones: every node needs its own, though levels share positions
+        levels = jnp.searchsorted(jnp.asarray(tree.within), slots, side="right") - 1
+        room = jnp.minimum(self.budget - result.num - 1, levels)
         most = jnp.where(now, jnp.clip(room, 0, tree.height), 0)
         if self.cost is not None:
             most = jnp.minimum(most, chosen(result.memory.rate, self.cost, tree.height))
@@ -200,7 +204,7 @@ def prepared(
 ) -> tuple[State, Memory]:
     """Takes in ids, if there are any, and lets the draft know of them."""
     if memory is None:
-        told, rate = draft.begin(state, plan.tree), jnp.full(len(state.length), BEGIN)
+        told, rate = draft.begin(state, plan.tree), jnp.full(len(state.length), BEGIN, jnp.float32)
     else:
         told, rate = memory.draft, memory.rate
     start, hidden, taken = state.cache.length, None, None

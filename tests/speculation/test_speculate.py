@@ -344,6 +344,21 @@ def test_a_budget_ends_inside_a_block_and_stop_ids_wait_for_min_new_tokens():
     np.testing.assert_array_equal(result.ids, plain.ids)
 
 
+@pytest.mark.parametrize("tree", [None, (4, 2, 1)], ids=["chain", "tree"])
+def test_a_row_that_fills_its_cache_says_what_generate_says(tree):
+    params, config = target()
+    draft, prompts = make_draft("model", params, config, "llama"), [PROMPTS[0], PROMPTS[1]]
+    for size in (31, 33):  # positions for all but the newest token
+        new = [size + 1 - len(prompt) for prompt in prompts]
+        plain = jaxinfer.generate(
+            params, config, prompts, max_new_tokens=new, buffer=32, cache=jaxinfer.init_cache(config, 2, size)
+        )
+        cache = jaxinfer.init_cache(config, 2, size, max_pending=21)
+        result = speculate(params, config, prompts, draft=draft, tree=tree, max_new_tokens=new, buffer=32, cache=cache)
+        np.testing.assert_array_equal(result.ids, plain.ids)
+        assert result.num.tolist() == new and int(result.accepted.sum()) > 0
+
+
 def test_a_row_says_alone_what_it_says_in_a_batch():
     params, config = target()
     draft = make_draft("model", params, config, "llama")
