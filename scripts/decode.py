@@ -3,6 +3,8 @@
     python scripts/decode.py --prompt "def fibonacci(n):" --max-new-tokens 64
     python scripts/decode.py --prompt "import os" "class Stack:" --temperature 0.8 --num-samples 2 --json
     python scripts/decode.py --prompt "import os" --draft builtin --compare
+    python scripts/decode.py --prompt "import os" --cache paged:page=16+int8
+    python scripts/decode.py --plan --cache int4 --max-length 32768 --num-samples 8
     python scripts/decode.py --prompt "import os" --cpu-devices 8 --mesh data=2,tensor=4
 
 Draws depend on --seed, which is 0 unless given: the same command says the same again. --temperature 0 is greedy. The
@@ -12,6 +14,8 @@ $JAX_COMPILATION_CACHE_DIR or in jaxinfer/programs in the user's cache directory
 
 --draft guesses some tokens ahead, which the model verifies in one pass: the text is the same (see --rule), only sooner
 where enough guesses are right. The report says how many were; --compare measures what that is worth.
+
+--cache says what is kept of keys and values, and in which numbers; --plan says what a cache would take, before it does.
 
 --mesh lays model and cache over several devices, --coordinator over several processes, each started with the same flags
 but its own --process-id; process 0 prints. Neither changes what is said.
@@ -31,7 +35,6 @@ import pathlib
 import signal
 import sys
 import time
-import tomllib
 import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -139,29 +142,18 @@ def load_model(args: Settings) -> Model:
 
 
 def random_weights(path: str, dtype: str) -> Model:
-    """The shape in a file with the keys of a config.json, as TOML or JSON, with random weights."""
+    """The shape in a file, with random weights."""
     import jax
+    import planning
 
-    text = pathlib.Path(path).read_text(encoding="utf-8")
-    try:
-        raw = json.loads(text) if path.endswith(".json") else tomllib.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is not {'JSON' if path.endswith('.json') else 'TOML'} ({error})") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}: it must hold the keys of a config.json")
-    dtype = (raw.get("dtype") or raw.get("torch_dtype") or "float32") if dtype == "auto" else dtype
-    if dtype not in FLOATS:
-        raise ValueError(f"{path} has dtype {dtype!r}: set --dtype to one of {', '.join(FLOATS)}")
-    # a number is no text, so no id ends it
-    models = jaxinfer.models
-    config = models.arrange_config(models.config_from_hf(raw).replace(dtype=dtype, stop_ids=()))
+    config, models = planning.read_shape(path, dtype), jaxinfer.models
     need = jaxinfer.mesh.local_bytes(models.param_shapes(config), models.letters(config))
     free = jaxinfer.kernels.free_memory()
     if free is not None and need > free:
         raise ValueError(
             f"{path} needs {size(need)} for its weights but {size(free)} are free: take fewer layers or a smaller dtype"
         )
-    params = models.init_params(config, jax.random.key(0), dtype)
+    params = models.init_params(config, jax.random.key(0), config.dtype)
     return Model(pathlib.Path(path).stem, jax.block_until_ready(params), config, Numbers())
 
 
@@ -247,8 +239,6 @@ def begin(args: Settings, model: Model, ids: list[list[int]], held: list[int], b
     now = time.perf_counter()
     how.setdefault("chunk", CHUNK)
     if "state" not in how:
-        if args.cache == "none":
-            raise Refusal("--cache none keeps nothing to go on from: it is for training and scoring, so take dense")
         how |= {"kind": args.cache, "dtype": None if args.cache_dtype == "auto" else args.cache_dtype}
     whole = not args.stream and not args.stop  # a stop string must be seen while the text is made
     if args.profile or whole:
@@ -267,6 +257,7 @@ def begin(args: Settings, model: Model, ids: list[list[int]], held: list[int], b
     held_by = stream.state.cache
     cache = {"kind": args.cache, "bytes": held_by.bytes, "rows": held_by.rows, "size": held_by.size}
     cache["dtype"] = jax.tree.leaves(held_by.layers)[0].dtype.name
+    cache["bytes_per_token"] = held_by.bytes / held_by.rows / held_by.size
     spent = time.perf_counter() - now
     collectives = runtime.collectives(decode) if jaxinfer.mesh.concrete() is not None else []
     weights, kept = runtime.per_device(model.params, held_by)
@@ -313,7 +304,9 @@ def converse(args: Settings, model: Model) -> list[Work]:
     messages: list[dict[str, str]] = []
     done: list[Work] = []
     known: list[int] = []  # the ids that the state stands for
-    how: dict[str, Any] = {"size": S, "max_rewind": S}
+    back = rewinds(args, model.config, S)
+    anew: dict[str, Any] = {"size": S, "max_rewind": back}
+    how = anew
     for turn in turns():
         messages.append({"role": "user", "content": turn})
         with doors():
@@ -324,7 +317,9 @@ def converse(args: Settings, model: Model) -> list[Work]:
             break
         # a template may write earlier answers otherwise than the model did, without their thoughts say
         shared = len(os.path.commonprefix([known, ids[:-1]]))
-        if shared < len(known):
+        if len(known) - shared > max(back - CHUNK, 0):  # what the cache may have forgotten by now is read again
+            how, shared = anew, 0
+        elif shared < len(known):
             how = {"state": cut_back(how["state"], shared)}
         work = begin(args, model, [ids[shared:]], [len(ids)], [budget], **how)
         with ctrl_c() as pressed:
@@ -339,6 +334,15 @@ def converse(args: Settings, model: Model) -> list[Work]:
     if model.drafting is not None and done:
         weigh(args, model, done[-1])
     return done
+
+
+def rewinds(args: Settings, config: Any, S: int) -> int:
+    """How many tokens a chat can take back: all, where the cache keeps all anyway, or what two dispatches make."""
+    kind = jaxinfer.cache.Kind.read(args.cache)
+    if kind.layout in jaxinfer.cache.EVICTING:
+        return 0
+    keeps = kind.layout in ("dense", "paged", "auto") and not any(layer.window for layer in config.layers)
+    return S if keeps or kind.layout == "dense" else 2 * CHUNK
 
 
 def cut_back(state: Any, length: int) -> Any:
@@ -421,6 +425,7 @@ def facts(model: Model, done: list[Work], load_seconds: float, compiled: int) ->
     warm = tokens > 0 and later > 0
     rate = moved / later if warm else None
     chip = jaxinfer.roofline.chip(devices[0].device_kind)
+    busy = sum(busiest(model.config, work, chip) for work in done) if chip else 0
     mesh = jaxinfer.mesh.concrete()
     return {
         "model": model.name,
@@ -451,10 +456,24 @@ def facts(model: Model, done: list[Work], load_seconds: float, compiled: int) ->
         },
         "bytes_per_token": moved / tokens if warm else None,
         "gb_per_second": rate / 1e9 if rate else None,
-        "share_of_bandwidth": rate / chip.bandwidth / len(devices) if rate and chip else None,
+        "share_of_bandwidth": busy / later if warm and chip else None,
         "speculation": model.drafting and model.drafting.facts(streams),
         "compiled_programs": compiled,
     }
+
+
+def half_way(work: Work) -> list[int]:
+    """The lengths of the rows half way through."""
+    return [n + len(ids) // 2 for n, ids in zip(work.held, work.stream.ids, strict=True)]
+
+
+def busiest(config: Any, work: Work, chip: Any) -> float:
+    """Seconds that the busiest chip of the mesh has to read for, in the steps after the first one."""
+    mesh, lengths = jaxinfer.mesh.concrete(), half_way(work)
+    axes = {} if mesh is None else dict(mesh.shape)
+    on = dataclasses.replace(chip, interconnect=chip.interconnect or 1.0)  # what is sent is not asked for
+    limit = jaxinfer.roofline.decode(config, len(lengths), lengths, on, axes, cache=work.cache["kind"])
+    return limit.memory_seconds * max(work.stream.steps - 1, 0)
 
 
 def bytes_moved(config: Any, work: Work) -> float:
@@ -462,8 +481,9 @@ def bytes_moved(config: Any, work: Work) -> float:
 
     What a draft reads beside them does not count.
     """
-    lengths = [n + len(ids) // 2 for n, ids in zip(work.held, work.stream.ids, strict=True)]
-    step = jaxinfer.roofline.decode_bytes(config, len(lengths), lengths, cache_dtype=work.cache["dtype"])
+    lengths = half_way(work)
+    dtype = work.cache["dtype"] if work.cache["dtype"] in FLOATS else None
+    step = jaxinfer.roofline.decode_bytes(config, len(lengths), lengths, cache_dtype=dtype, cache=work.cache["kind"])
     return step * max(work.stream.steps - 1, 0)
 
 
@@ -481,6 +501,8 @@ def run(args: Settings, group: Group) -> int:
     with doors(RuntimeError):
         mesh = runtime.start(args, group)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        if args.plan:
+            return tell_plan(args, group)
         with doors():
             if args.several:
                 group.agree(files(args))
@@ -491,6 +513,17 @@ def run(args: Settings, group: Group) -> int:
             told = facts(model, done, load_seconds, compiled())
             print(json.dumps(told), flush=True) if args.json else report(told)
     return 130 if interrupted else 0
+
+
+def tell_plan(args: Settings, group: Group) -> int:
+    """What memory a run would take; none of it is."""
+    import planning
+
+    with doors():
+        told = planning.plan(args)
+    if group.id == 0:
+        print(json.dumps(told) if args.json else planning.show(told), flush=True)
+    return 0
 
 
 def main(args: Settings) -> int:

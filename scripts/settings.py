@@ -48,7 +48,13 @@ class Settings(runtime.Machine):
     logit_bias: tuple[str, ...] = setting((), "added to the logit of an id", metavar="ID=VALUE")
     stop: tuple[str, ...] = setting((), "end a row before this text", metavar="TEXT")
     seed: int = setting(0, "of the draws (default 0)")
-    cache: str = setting("dense", "kind of KV cache (default: dense)", metavar="KIND")
+    cache: str = setting(
+        "auto",
+        "kind of KV cache: auto (default: rings where layers have windows), dense, ring:window=W,sinks=n, "
+        "paged:page=16, streaming:sinks=4,recent=252, h2o:budget=256,recent=128, snapkv:budget=256; and in which "
+        "numbers: +int8, +float8, +int4:group=32,residual=128",
+        metavar="KIND",
+    )
     cache_dtype: str = setting("auto", "of keys and values (default: the model's)", choices=("auto", *FLOATS))
     max_length: int | None = setting(None, "positions of the cache (default: what is needed)", metavar="S")
     prefill_chunk: int = setting(512, "prompt tokens a dispatch (default 512)", metavar="T")
@@ -68,6 +74,8 @@ class Settings(runtime.Machine):
     )
     adaptive: bool = setting(False, "guess as many tokens as pays, by what was accepted of late")
     compare: bool = setting(False, "afterwards measure the speed-up: the same prompts, with the draft and without")
+    plan: bool = setting(False, "only say what memory weights and cache take, and how much more would fit")
+    memory: str | None = setting(None, "of --plan: instead of what is free here, such as 80GB", metavar="SIZE")
     profile: str | None = setting(None, "write a jax.profiler trace of a few warm steps", metavar="DIR")
     stream: bool = setting(True, "show the text as it is made; otherwise it is made in one dispatch")
     json: bool = setting(False, "the report as JSON, on the last line of stdout")
@@ -88,7 +96,7 @@ def check(args: Settings) -> None:
     given = [name for name in SOURCES if getattr(args, name) not in ((), None)]
     if len(given) > 1:
         raise ValueError(f"--{' and --'.join(map(dashed, given))} contradict each other: give one of them")
-    if not (given or args.chat or args.random_weights):
+    if not (given or args.chat or args.random_weights or args.plan):
         raise ValueError("there is nothing to continue: give --prompt, --prompt-file, --prompt-length or --chat")
     if "" in args.prompt:
         raise ValueError(f"prompt {args.prompt.index('') + 1} is empty: give it some text")
@@ -118,9 +126,29 @@ def check(args: Settings) -> None:
         raise ValueError("--prompt-file - reads one process's stdin: give --prompt, or a file that every process has")
     if args.profile and most < 1 + 2 * TRACED:
         raise ValueError(f"--profile needs --max-new-tokens of at least {1 + 2 * TRACED} to get warm, not {most}")
+    check_cache(args)
     biases(args)
     check_draft(args)
     runtime.check(args)
+
+
+def check_cache(args: Settings) -> None:
+    """Refuses a kind of cache that nothing can go on from, and a memory that cannot be read."""
+    if args.cache.startswith("none"):
+        raise ValueError("--cache none keeps nothing to go on from: it is for training and scoring, so take auto")
+    if args.memory is not None:
+        if not args.plan:
+            raise ValueError(f"--memory {args.memory} says what --plan is to count with: add --plan")
+        amount(args.memory)
+
+
+def amount(text: str) -> int:
+    """Bytes, from "80GB" and the like."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT])?(i)?B?", text)
+    if not found:
+        raise ValueError(f"--memory is {text}: write a number with kB, MB, GB or TB, such as 80GB")
+    base, power = (1024 if found[3] else 1000), " kMGT".index(found[2] or " ")
+    return int(float(found[1]) * base**power)
 
 
 def check_draft(args: Settings) -> None:

@@ -16,11 +16,13 @@ HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "scripts")]  # what tests share; and scripts, as modules
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the network would not be a law
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "gpu" not in sys.argv:  # `-m gpu` runs on the devices that there are
-    emulate_devices(8)
-
-
 MAPS = pathlib.Path("/proc/self/maps")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Eight devices; `-m gpu` runs on those that there are."""
+    if config.option.markexpr != "gpu":
+        emulate_devices(8)
 
 
 @pytest.fixture(autouse=True)

@@ -3,65 +3,37 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 
-from jaxinfer import mesh, ops
-from jaxinfer.cache.base import LayerCache, Step
-from jaxinfer.config import LayerSpec
-
-SCORES = 1 << 24  # scores of one layer (B N T S) above which they are made block by block: 64 MB in float32
+from jaxinfer.cache.pages import Pages
+from jaxinfer.cache.slots import Slots, copy, write
+from jaxinfer.ops import Held
+from jaxinfer.quantization import Codes
 
 
 @struct.dataclass
-class Dense(LayerCache):
+class Dense(Slots):
     """Every key and value kept, left aligned, one slot per position."""
 
-    k: jax.Array  # [B, K, S, H]
-    v: jax.Array  # [B, K, S, H]
+    k: Codes  # [B, K, S]
+    v: Codes  # [B, K, S]
+    whole: bool = struct.field(pytree_node=False, default=False)  # every device of `seq` has all of it
 
-    @classmethod
-    def init(cls, spec: LayerSpec, rows: int, size: int, dtype: jnp.dtype) -> Dense:
-        """An empty one: zeros, never uninitialised memory (0 * NaN would reach the sum over slots)."""
-        shape = (rows, spec.num_kv_heads, size, spec.head_width)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    @staticmethod
-    def letters() -> Dense:
+    def letters(self) -> Dense:
         """The letters of the arrays, congruent with them."""
-        return Dense("BKSH", "BKSH")  # type: ignore[arg-type]
+        word = "BKW" if self.whole else "BKS"
+        return Dense(self.k.letters(word), self.v.letters(word), self.whole)
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, spec: LayerSpec, step: Step) -> tuple[jax.Array, Dense]:
-        """Writes k, v at their positions, then lets q look back."""
-        new = Dense(write(self.k, k, step.slot), write(self.v, v, step.slot))
-        B, T, N, _ = q.shape
-        attend = ops.attend_blockwise if B * N * T * self.k.shape[2] > SCORES and T > 1 else ops.attend
-        branches = step.branches and (step.branches.base, step.branches.sees, step.branches.depth)
-        return attend(q, new.k, new.v, step.position, spec, branches=branches), new
+    def write(self, k: Codes, v: Codes, slot: jax.Array, end: jax.Array, pages: Pages | None) -> Dense:
+        """See `Slots`."""
+        words = self.letters()
+        return self.replace(k=write(self.k, k, slot, words.k), v=write(self.v, v, slot, words.v))  # type: ignore
 
-    def move(self, source: jax.Array, target: jax.Array) -> Dense:
+    def source(self, end: jax.Array, pages: Pages | None) -> Held:
+        """See `Slots`. What lies past the newest token is seen by no query."""
+        return Held(self.k, self.v)
+
+    def move(self, source: jax.Array, target: jax.Array, pages: Pages | None) -> Dense:
         """See `LayerCache`."""
-        return Dense(copy(self.k, source, target), copy(self.v, source, target))
-
-
-def write(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
-    """new [B, T, K, H] into cache [B, K, S, H] at position [B, T]; what lies past S is dropped.
-
-    A vmapped scatter is the form that stays in place when donated and local when B, K or S are sharded.
-    """
-    new = mesh.constrain(new.transpose(0, 2, 1, 3).astype(cache.dtype), "BK_H")
-    if (
-        position.size == 1
-    ):  # written as two, one of them dropped: XLA:CPU makes a slice of a lone one, and copies for it
-        new = jnp.concatenate([new, new], 2)
-        position = jnp.concatenate([position, jnp.full_like(position, cache.shape[2])], 1)
-    written = jax.vmap(lambda c, n, p: c.at[:, p].set(n, mode="drop"))(cache, new, position)
-    return mesh.constrain(written, "BKSH")
-
-
-def copy(cache: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
-    """cache [B, K, S, H] with what lies at source [B, n] also at target [B, n]; past S nothing is read or written."""
-    take = jax.vmap(lambda c, p: c.at[:, p].get(mode="fill", fill_value=0))
-    kept = mesh.constrain(take(cache, source), "BK_H")
-    put = jax.vmap(lambda c, n, p: c.at[:, p].set(n, mode="drop"))
-    return mesh.constrain(put(cache, kept, target), "BKSH")
+        words = self.letters()
+        return self.replace(k=copy(self.k, source, target, words.k), v=copy(self.v, source, target, words.v))  # type: ignore

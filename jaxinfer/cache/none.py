@@ -8,6 +8,7 @@ from flax import struct
 
 from jaxinfer import ops
 from jaxinfer.cache.base import LayerCache, Step
+from jaxinfer.cache.pages import Pages
 from jaxinfer.config import LayerSpec
 
 
@@ -15,17 +16,13 @@ from jaxinfer.config import LayerSpec
 class Nothing(LayerCache):
     """Attention over the call's own tokens alone. Differentiable."""
 
-    @classmethod
-    def init(cls, spec: LayerSpec, rows: int, size: int, dtype: jnp.dtype) -> Nothing:
-        """There is nothing to hold."""
-        return cls()
+    trees = False
 
-    @staticmethod
-    def letters() -> Nothing:
+    def letters(self) -> Nothing:
         """No arrays, no letters."""
         return Nothing()
 
-    def move(self, source: jax.Array, target: jax.Array) -> Nothing:
+    def move(self, source: jax.Array, target: jax.Array, pages: Pages | None) -> Nothing:
         """There is nothing to move."""
         return self
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -87,7 +89,8 @@ def generate(
     Raises ValueError for a prompt that is empty, does not fit, or has ids outside the vocabulary.
     """
     asked = ask(config, ids, num, state, cache, sampling, max_new_tokens, buffer, key, model)
-    return asked.cut(run(params, *asked.arguments, model=asked.model, process=process, buffer=asked.buffer))
+    with shrinking(asked.arguments[0].cache):
+        return asked.cut(run(params, *asked.arguments, model=asked.model, process=process, buffer=asked.buffer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +174,17 @@ def run(
 
     if ids is not None and num is not None:
         state, *_ = read(model, params, state, ids, num)
-    start = begin(state, buffer)
+    start = begin(state.replace(cache=state.cache.compress(buffer)), buffer)
     return jax.lax.while_loop(lambda result: active(result, budget).any(), body, start).placed()
+
+
+@contextlib.contextmanager
+def shrinking(cache: Cache) -> Iterator[None]:
+    """For a program that makes a prompt small: what it gives back cannot lie where the prompt's whole cache lay."""
+    with warnings.catch_warnings():
+        if cache.compresses:
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        yield
 
 
 def begin(state: State, buffer: int) -> Result:
@@ -217,7 +229,7 @@ def emit(
     put = jax.vmap(lambda row, p, new: row.at[p].set(new, mode="drop"))
     state, num = result.state.append(token[:, None], one), result.num + one
     stopped = (token[:, None] == sampling.stop_ids).any(-1)
-    full = (num >= budget) | (state.length > state.cache.size)
+    full = (num >= budget) | (state.length > state.cache.limits)
     finish = jnp.where(stopped, STOP, jnp.where(full, LENGTH, RUNNING))
     return Result(
         ids=put(result.ids, at, token[:, None]),
@@ -286,12 +298,32 @@ def check(config: ModelConfig, ids: Any, num: Any, budget: Any, held: Cache | No
             row, place = np.argwhere(outside)[0]
             raise ValueError(f"row {row} has id {ids[row, place]} but the vocabulary ends at {config.vocab_size - 1}")
     need = (known + num + budget) * (budget > 0)
-    size = held.size if held is not None else config.num_positions or need.max()
-    if need.max() - 1 > size:  # the newest token is never fed
-        row = int(need.argmax())
+    size = mesh.fetch(held.limits) if held is not None else config.num_positions or need.max()
+    size = np.broadcast_to(size, (len(need) + (held.padding if held is not None else 0),))[: len(need)]
+    if (need - 1 > size).any():  # the newest token is never fed
+        row = int((need - size).argmax())
         raise ValueError(
-            f"prompt has {known[row] + num[row]} tokens and {budget[row]} are to be made, but the cache holds {size}: "
-            "shorten the prompt, lower max_new_tokens or make a larger cache"
+            f"prompt has {known[row] + num[row]} tokens and {budget[row]} are to be made, but the cache holds "
+            f"{size[row]}: shorten the prompt, lower max_new_tokens or make a larger cache"
+        )
+    check_pages(held, need - 1)
+
+
+def check_pages(held: Cache | None, length: Any) -> None:
+    """Refuses rows that are to grow to `length` [B] where the pool of a paged cache has not the pages for it."""
+    if held is None or held.pages is None or not concrete(held.pages.table):
+        return
+    pages = mesh.fetch(held.pages)
+    length = np.pad(np.maximum(length, 0), (0, held.padding))
+    want = np.maximum(-(-np.maximum(length - pages.late, 0) // pages.page) - pages.held, 0)
+    shared = np.where(pages.table < pages.num, np.take(np.append(pages.holders.max(0), 0), pages.table), 0).max(1) > 1
+    want = (want + shared * (length > 0)).reshape(pages.groups, -1).sum(1)
+    short = int((want - pages.free).max())
+    if short > 0:
+        group = int((want - pages.free).argmax())
+        raise ValueError(
+            f"the rows need {want[group]} more pages of {pages.page} tokens but {pages.free[group]} of the pool's "
+            f"{pages.num} are free: shorten prompts, lower max_new_tokens, release rows or give the pool more pages"
         )
 
 

@@ -64,7 +64,7 @@ class State(struct.PyTreeNode):
 
     def resume(self) -> State:
         """Rows that ran out of budget run again, where the cache has room; rows that came to a stop stay stopped."""
-        again = (self.finish == LENGTH) & (self.length <= self.cache.size)
+        again = (self.finish == LENGTH) & (self.length <= self.cache.limits)
         return self.replace(finish=jnp.where(again, RUNNING, self.finish))
 
     def cut(self, length: jax.Array) -> State:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxinfer import mesh
 from jaxinfer.config import ModelConfig
-from jaxinfer.decoding.generate import Process, check, per_row, run
+from jaxinfer.decoding.generate import Process, check, check_pages, per_row, run
 from jaxinfer.decoding.model import Adapted, Decoder, Model, adapt
 from jaxinfer.decoding.state import FINISH, LENGTH, STOP, State, bucket, idle, read
 from jaxinfer.sampling import Sampling
@@ -31,6 +31,7 @@ def read_chunk(params: Any, state: State, ids: jax.Array, num: jax.Array, *, mod
 
 start = jax.jit(State.init, donate_argnums=0)
 cut = jax.jit(State.cut, donate_argnums=0)
+compress = jax.jit(lambda state, room: state.replace(cache=state.cache.compress(room)), static_argnums=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Stream:
         begin = time.perf_counter()
         for ids, num in self._program.prompts:
             self._state, self._memory = self._program.read(self._state, self._memory, ids, num)
+        self._state = self._program.compressed(self._state)
         jax.block_until_ready(self._state.length)
         self.prefill_seconds = time.perf_counter() - begin
         width = 1  # the budget is traced: one program serves every width
@@ -150,6 +152,7 @@ class Program:
     pace: float  # seconds that a dispatch is to take, at most
     prompts: list[tuple[np.ndarray, np.ndarray]]  # chunks of ids [B, T] and num [B]
     lengths: np.ndarray  # [B] tokens before the output begins
+    room: int  # tokens that are to follow prompts which are made small
 
     def compile(self, state: State, budget: np.ndarray) -> list[Any]:
         """Both programs, lowered and compiled; later calls find them."""
@@ -161,6 +164,8 @@ class Program:
             _, memory = self.told(jax.eval_shape(functools.partial(read, **static), *arguments))
             if memory is before:
                 break
+        if state.cache.compresses:
+            state = jax.eval_shape(functools.partial(compress, room=self.room), state)
         run, arguments, static = self.runner(state, memory, budget)
         return [each.compile() for each in (*lowered, run.lower(*arguments, **static))]
 
@@ -174,6 +179,10 @@ class Program:
         run, arguments, static = self.runner(state, memory, budget)
         result = run(*arguments, **static)
         return result, self.kept(result)
+
+    def compressed(self, state: State) -> State:
+        """What is left of the prompts, where the cache is of a kind that makes them small."""
+        return compress(state, self.room) if state.cache.compresses else state
 
     def reader(self, state: State, memory: Any, ids: np.ndarray, num: np.ndarray) -> Call:
         """What reads a chunk."""
@@ -260,6 +269,7 @@ def stream(
     if stop and model is None:
         cache = {"max_rewind": chunk - 1} | cache  # a row may go on behind a stop string to the end of a chunk
     begun: State = start(runner.init_cache(len(rows), size, **cache)) if state is None else state
+    check_pages(begun.cache, mesh.fetch(begun.length)[: len(num)] + num + budget - 1)
     made = program(
         params=params,
         model=runner,
@@ -270,6 +280,7 @@ def stream(
         pace=pace,
         prompts=list(chunks(whole, num, prefill_chunk)),
         lengths=mesh.fetch(begun.length)[: len(num)] + num,
+        room=int(max((begun.cache.size - num).max(), budget.max())),
     )
     return Stream(made, begun, detokenizers, budget)
 

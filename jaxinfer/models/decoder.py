@@ -36,7 +36,7 @@ def decoder(
     """
     first, last = layers[0], len(config.layers) if layers[1] is None else layers[1]
     x = embed(params, config, ids, step) if hidden is None else hidden
-    turns = angles(config, cache, step)
+    turns, cache = angles(config, cache, step), cache.reserve(step)
     tapped = []
     for index in range(first, last):
         spec, p = config.layers[index], params["layers"][index]

@@ -1,9 +1,23 @@
 """Pure maths over arrays, plain and exact: the truth that every kernel is compared with. Remembers nothing."""
 
-from jaxinfer.ops.attention import attend, attend_blockwise
-from jaxinfer.ops.linear import embed, linear
+from jaxinfer.ops.attention import (
+    MASKED,
+    PAST,
+    Held,
+    Look,
+    Source,
+    attend,
+    attend_blockwise,
+    attend_looks,
+    spread,
+    unfold,
+)
+from jaxinfer.ops.linear import dot, embed, linear
 from jaxinfer.ops.mlp import mlp
 from jaxinfer.ops.norm import norm
-from jaxinfer.ops.rope import angles, rotate
+from jaxinfer.ops.rope import angles, rotate, turn_back
 
-__all__ = ["angles", "attend", "attend_blockwise", "embed", "linear", "mlp", "norm", "rotate"]
+__all__ = [
+    "MASKED", "PAST", "Held", "Look", "Source", "angles", "attend", "attend_blockwise", "attend_looks", "dot", "embed",
+    "linear", "mlp", "norm", "rotate", "spread", "turn_back", "unfold",
+]  # fmt: skip

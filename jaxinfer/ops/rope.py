@@ -19,6 +19,13 @@ def angles(position: jax.Array, spec: RopeSpec, size: int) -> tuple[jax.Array, j
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
+def turn_back(q: jax.Array, by: jax.Array, spec: RopeSpec, size: int) -> jax.Array:
+    """q [B, T, N, H], rotated already, as if its position were smaller by [B, T]; size: see `angles`."""
+    cos, sin = angles(-by, spec, size)
+    scale = spec.long_scale if spec.long_frequency and size > spec.switch else spec.scale
+    return rotate(q, cos / scale, sin / scale)  # the scale is in q
+
+
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the first R entries of every head of x [B, T, N, H]; the rest of the head passes through."""
     half = cos.shape[-1]

@@ -11,7 +11,6 @@ Python numbers only: nothing here makes an array.
 
 from jaxinfer.roofline.chips import ALIASES, CHIPS, Chip, chip
 from jaxinfer.roofline.keeping import (
-    KINDS,
     CacheKind,
     cache_bytes,
     kind_of,
@@ -56,7 +55,6 @@ from jaxinfer.roofline.sizes import (
 __all__ = [
     "ALIASES",
     "CHIPS",
-    "KINDS",
     "CacheKind",
     "Chip",
     "Limit",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from jaxinfer.cache import Kind
 from jaxinfer.config import LayerSpec, ModelConfig
 from jaxinfer.roofline.sizes import itemsize
 
@@ -13,8 +14,8 @@ class CacheKind:
     """How keys and values are kept: of which tokens, and in what numbers. The two combine freely.
 
     Keys and values of one head and token are coded in groups that share a scale and a zero; with a residual, keys are
-    grouped along tokens instead, a channel at a time, and the newest tokens are plain (KIVI, Liu et al. 2024: of keys
-    length % residual, of values the last `residual`).
+    grouped along tokens instead, a channel at a time, and the newest tokens are plain: `residual` of them, and those of
+    a group that is not full yet (KIVI, Liu et al. 2024, whose code flushes keys and values each in their own rhythm).
     """
 
     ring: bool = False  # a layer with a window keeps W tokens, not all
@@ -28,21 +29,39 @@ class CacheKind:
     residual: int = 0  # tokens
 
 
-KINDS = {
-    "dense": CacheKind(),
-    "none": CacheKind(budget=0),
-    "ring": CacheKind(ring=True),
-    "paged": CacheKind(ring=True, page=16),  # vLLM's page
-    "int8": CacheKind(bits=8, scale_bits=32),  # a float32 scale a token and head, of keys and of values
-    "int4": CacheKind(bits=4, group=32, scale_bits=16, zero_bits=16, residual=128),  # KIVI-4
-}
-
-
 def kind_of(kind: CacheKind | str) -> CacheKind:
-    """A kind by its name in `KINDS`, or itself. ValueError for a name that is not there."""
-    if isinstance(kind, str) and kind not in KINDS:
-        raise ValueError(f"cache kind {kind!r} is not known: take one of {', '.join(KINDS)}, or a CacheKind")
-    return KINDS[kind] if isinstance(kind, str) else kind
+    """A kind by the name that `init_cache` knows it by, or itself. ValueError for a name that is not known.
+
+    "ring" may stand for any model. Of "snapkv" it is what is left of a prompt, without what comes after.
+    """
+    return kind if isinstance(kind, CacheKind) else spelled(Kind.read(kind))
+
+
+def spelled(kind: Kind) -> CacheKind:
+    """A kind of cache, by what it keeps and in which numbers."""
+    options = dict(kind.options)
+    match kind.layout:
+        case "dense":
+            kept: dict = {}
+        case "none":
+            kept = {"budget": 0}
+        case "ring" if options["window"]:
+            kept = {"ring": True, "budget": options["window"] + options["sinks"]}
+        case "paged":
+            kept = {"ring": True, "page": options["page"]}
+        case "streaming":
+            kept = {"ring": True, "budget": options["sinks"] + options["recent"]}
+        case "h2o" | "snapkv":
+            kept = {"ring": True, "budget": options["budget"]}
+        case _:
+            kept = {"ring": True}
+    match kind.numbers:
+        case "int8" | "float8":
+            kept |= {"bits": 8, "scale_bits": 32}  # a float32 scale a token and head, of keys and of values
+        case "int4":
+            kept |= {"bits": 4, "group": options["group"], "scale_bits": 16, "zero_bits": 16}
+            kept |= {"residual": options["residual"]}
+    return CacheKind(**kept)
 
 
 def cache_bytes(config: ModelConfig, rows: int, size: int, dtype=None, kind: CacheKind | str = "dense") -> int:
@@ -78,14 +97,14 @@ def layer_bytes(spec: LayerSpec, kind: CacheKind, length: int, newest: int, plai
     K, H = spec.num_kv_heads, spec.head_width
     if not kind.bits:
         return 2 * K * H * newest * plain
-    group, fresh = kind.group or H, (0, 0)
-    if kind.residual:
-        fresh = min(newest, length % kind.residual), min(newest, kind.residual)
-    keys, values = newest - fresh[0], newest - fresh[1]
-    scales = H * -(-keys // group) if kind.residual else -(-H // group) * keys
-    scales += -(-H // group) * values
-    codes = (keys + values) * H * kind.bits + scales * (kind.scale_bits + kind.zero_bits)
-    return K * (codes / 8 + sum(fresh) * H * plain)
+    group = kind.group or H
+    coded = length if not kind.residual else max(length - kind.residual, 0) // group * group
+    fresh = min(newest, length - coded)
+    coded = newest - fresh
+    scales = H * -(-coded // group) if kind.residual else -(-H // group) * coded
+    scales += -(-H // group) * coded
+    codes = 2 * coded * H * kind.bits + scales * (kind.scale_bits + kind.zero_bits)
+    return K * (codes / 8 + 2 * fresh * H * plain)
 
 
 def written_bytes(spec: LayerSpec, kind: CacheKind, num: int, length: int, plain: float) -> float:

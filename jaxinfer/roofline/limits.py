@@ -116,8 +116,8 @@ def forward(
     chip: a name (`CHIPS`, or what jax calls it) or measured numbers. axes: of a mesh ({"data": 2, "tensor": 4}):
     weights and heads are split over `tensor`, rows over `data` (the last chip may have fewer), cached positions over
     `seq`; what other axes split is not in a dense model. weights: a dtype or `Packed`, the config's unless given.
-    cache: a name of `KINDS` or a `CacheKind`. math: what products are computed in, see `Chip.rate`. scored: how many
-    tokens of each row get logits (default: all).
+    cache: a kind's name, as `init_cache` has it, or a `CacheKind`. math: what products are computed in, see
+    `Chip.rate`. scored: how many tokens of each row get logits (default: all).
 
     ValueError for an unknown chip, kind or axis, no rows or tokens, more tokens than learned positions, heads or widths
     that their axis does not divide, and a mesh of chips whose interconnect is not known.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
@@ -124,12 +125,15 @@ def decode_bytes(
     dtype=None,
     cache_dtype=None,
     windowed: bool = True,
+    cache: CacheKind | str = "dense",
 ) -> int:
-    """`forward_bytes` of one token for `rows` rows that hold `length` tokens each (an int, or one a row), dense.
+    """`forward_bytes` of one token for `rows` rows that hold `length` tokens each (an int, or one a row).
+
+    cache_dtype: of what a kind of cache keeps in plain numbers.
 
     For what a program over a preallocated cache reads without regard to what is valid, give its size as the length.
     """
-    kind = CacheKind(dtype=cache_dtype)
+    kind = dataclasses.replace(kind_of(cache), dtype=cache_dtype)
     return forward_bytes(config, 1, spread(rows, length), dtype, kind, windowed)
 
 

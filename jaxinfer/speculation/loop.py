@@ -55,6 +55,7 @@ def run(
     fresh: nothing came before ids. memory: of an earlier run, None to begin.
     """
     state, memory = prepared(params, draft, state, memory, ids, num, model, plan, fresh)
+    state = state.replace(cache=state.cache.compress(buffer))
     budget, tree = jnp.minimum(budget, buffer), plan.tree
     plain, none = begin(state, buffer), jnp.zeros((len(budget), tree.height), jnp.int32)
     start = Speculated(
@@ -82,7 +83,7 @@ class Loop:
         """Drafts, verifies, accepts."""
         before, now, tree = result.state, active(result, self.budget), self.shared.tree
         slots = (
-            before.cache.size + 1 - before.length
+            before.cache.limits + 1 - before.length
         )  # free ones: every node needs its own, though levels share positions
         levels = jnp.searchsorted(jnp.asarray(tree.within), slots, side="right") - 1
         room = jnp.minimum(self.budget - result.num - 1, levels)
@@ -158,13 +159,13 @@ class Loop:
         state, cache, offset = result.state, result.state.cache, jnp.arange(tokens.shape[1])
         stops = (tokens[..., None] == self.shared.sampling.stop_ids[:, None]).any(-1)
         until = jnp.where(stops.any(1), jnp.argmax(stops, 1), tokens.shape[1])  # the first stop id
-        left = jnp.minimum(self.budget - result.num, cache.size + 1 - state.length)
+        left = jnp.minimum(self.budget - result.num, cache.limits + 1 - state.length)
         count = jnp.where(now, jnp.minimum(jnp.minimum(kept, until) + 1, left), 0)
         at = jnp.where(offset < count[:, None], result.num[:, None] + offset, result.ids.shape[1])
         put = jax.vmap(lambda row, p, new: row.at[p].set(new, mode="drop"))
         cache = cache.advance(count) if tree.is_chain else cache.commit(path, count)
         state, total = state.replace(cache=cache).append(tokens, count), result.num + count
-        full = (total >= self.budget) | (state.length > cache.size)
+        full = (total >= self.budget) | (state.length > cache.limits)
         finish = jnp.where(until < count, STOP, jnp.where(full, LENGTH, RUNNING))
         place = jnp.arange(result.drafted.shape[1])
         return result.replace(

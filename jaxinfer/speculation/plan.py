@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
-from jaxinfer.cache import Tree, branching
+from jaxinfer.cache import Cache, Kind, Tree, branching
 from jaxinfer.config import ModelConfig
 from jaxinfer.speculation.acceptance import RULES, Rule
 from jaxinfer.speculation.drafts import Draft
@@ -32,6 +33,25 @@ class Plan:
             f"the cache holds {pending} tokens pending but {what} needs {self.max_pending}: "
             f"make it with init_cache(..., max_pending={self.max_pending})"
         )
+
+    def check(self, cache: Cache) -> None:
+        """Refuses a cache that cannot hold a round pending."""
+        if cache.max_pending < self.max_pending:
+            raise ValueError(self.needs(cache.max_pending))
+        self.check_layers(type(layer).__name__ for layer in cache.layers if not layer.trees)
+
+    def check_kind(self, kind: str) -> None:
+        """The same, of a cache that is yet to be made."""
+        self.check_layers(["Heavy"] if Kind.read(kind).layout == "h2o" else [])
+
+    def check_layers(self, without: Iterable[str]) -> None:
+        """Refuses a draft tree where some kinds of layers hold none."""
+        found = next(iter(without), None)
+        if found and not self.tree.is_chain:
+            raise ValueError(
+                f"a cache with {found} layers drops tokens one after the other, so it holds no draft tree: take "
+                "num_draft_tokens, or another kind of cache"
+            )
 
 
 def planned(draft: Draft, config: ModelConfig, J: int, tree: Any, rule: str, adaptive: bool) -> Plan:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxinfer.cache import Cache, Tree
 from jaxinfer.config import ModelConfig
-from jaxinfer.decoding.generate import Process, ask
+from jaxinfer.decoding.generate import Process, ask, shrinking
 from jaxinfer.decoding.model import Model
 from jaxinfer.decoding.state import State
 from jaxinfer.sampling import Sampling
@@ -60,8 +60,8 @@ def speculate(
     """
     plan = planned(draft, config, num_draft_tokens, tree, rule, cost is not None)
     held = state.cache if state is not None else cache
-    if held is not None and model is None and held.max_pending < plan.max_pending:
-        raise ValueError(plan.needs(held.max_pending))
+    if held is not None and model is None:
+        plan.check(held)
     fresh = state is None and cache is None
     asked = ask(
         config, ids, num, state, cache, sampling, max_new_tokens, buffer, key, model, max_pending=plan.max_pending
@@ -69,4 +69,5 @@ def speculate(
     begun, ids, *rest = asked.arguments
     cost = jnp.float32(0 if cost is None else cost)
     static = {"model": asked.model, "process": process, "buffer": asked.buffer, "plan": plan, "fresh": fresh}
-    return asked.cut(run(params, draft, begun, memory, ids, *rest, cost, **static))
+    with shrinking(begun.cache):
+        return asked.cut(run(params, draft, begun, memory, ids, *rest, cost, **static))

@@ -96,7 +96,8 @@ def stream(
     plan = planned(draft, config, num_draft_tokens, tree, rule, cost is not None)
     if state is None:
         how = {"max_pending": plan.max_pending} | how
-    elif state.cache.max_pending < plan.max_pending:
-        raise ValueError(plan.needs(state.cache.max_pending))
+        plan.check_kind(how.get("kind", "auto"))
+    else:
+        plan.check(state.cache)
     drafting = functools.partial(DraftProgram, draft=draft, plan=plan, cost=cost, fresh=state is None)
     return decoding.stream(params, config, tokenizer, prompts, state=state, program=drafting, **how)

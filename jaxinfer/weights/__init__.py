@@ -5,7 +5,7 @@ from jaxinfer.weights.export import stored_tensors
 from jaxinfer.weights.heads import is_head, load_head, save_head
 from jaxinfer.weights.huggingface import load, sampling_defaults
 from jaxinfer.weights.orbax import save
-from jaxinfer.weights.safetensors import Checkpoint, write_safetensors
+from jaxinfer.weights.safetensors import Checkpoint, read_json, write_safetensors
 
 __all__ = [
     "Checkpoint",
@@ -13,6 +13,7 @@ __all__ = [
     "is_head",
     "load",
     "load_head",
+    "read_json",
     "sampling_defaults",
     "save",
     "save_head",

@@ -93,7 +93,7 @@ def test_a_cache_that_does_not_fit_in_memory_is_refused_before_it_is_allocated()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "paper"}, "'paper' is not known: take one of dense, none"),
+        ({"kind": "paper"}, r"'paper' is not known: take one of auto, dense, ring, .* none, with \+16-bit, \+int8"),
         ({"rows": 0}, "0 rows of 16 tokens holds nothing"),
         ({"size": 0}, "2 rows of 0 tokens holds nothing"),
     ],

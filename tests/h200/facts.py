@@ -49,6 +49,8 @@ def main(args: argparse.Namespace) -> None:
         facts = on_mesh(config, args)
     elif args.draft:
         facts = speculating(config, args)
+    elif args.cache:
+        facts = keeping(config, args)
     else:
         facts = on_one(config, args)
     if args.out:
@@ -120,6 +122,43 @@ def speculating(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]
         "loops_at_the_top": [loop.trip_count for loop in program.while_loops(compiled)],
         "copies_in_the_loop": [str(copy) for copy in program.copies(compiled, shapes) if copy.loop],
         "writes_in_the_loop": [str(write) for write in program.writes(compiled, shapes) if write.loop],
+        "host_callbacks": compiled.as_text().count("callback"),
+    }
+
+
+def keeping(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """The decode loop of 8 rows over a kind of cache, on one H200."""
+    rows = 8
+    cache = jax.eval_shape(lambda: init_cache(config, rows, SIZE, args.cache, dtype=config.dtype))
+    state = jax.eval_shape(State.init, cache)
+    sampling = jax.eval_shape(lambda: Sampling().rows(rows, config.vocab_size, config.stop_ids))
+    budget, key = jax.ShapeDtypeStruct((rows,), "int32"), jax.eval_shape(lambda: jax.random.key(0))
+    static = {"model": Decoder(config), "process": None, "buffer": BUFFER}
+    began = time.perf_counter()
+    compiled = h200.compile_for_h200(run, param_shapes(config), state, None, None, sampling, budget, key, **static)
+    seconds = time.perf_counter() - began
+    spec, held = config.layers[0], jax.tree.leaves(cache.layers)
+    large = {leaf.shape for leaf in held if math.prod(leaf.shape) > 1e6}
+    whole = {(rows, spec.num_kv_heads, SIZE, spec.head_width)}  # as many numbers as all keys of a layer
+    loop = decode_loop(compiled)
+    return {
+        "model": args.model,
+        "cache": args.cache,
+        "rows": rows,
+        "cache_size": SIZE,
+        "hardware": "NVIDIA H200, compiled without one",
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "command": f"python tests/h200/facts.py --model {args.model} --cache {args.cache}",
+        "compile_seconds": round(seconds, 1),
+        "cache_bytes": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in held),
+        "dense_cache_bytes": roofline.cache_bytes(config, rows, SIZE),
+        "memory": program.temporaries(compiled),
+        "copies_of_the_cache": [str(copy) for copy in program.copies(compiled, large | whole) if copy.loop],
+        "writes_of_the_cache": [str(write) for write in program.writes(compiled, large | whole) if write.loop],
+        "largest_write": max((write.bytes for write in program.writes(compiled) if write.loop), default=0),
+        "kernels_per_step": sum(launched(compiled).values()),
+        "bytes_moved_per_step": program.bytes_moved(compiled, loop, cheapest=True),
         "host_callbacks": compiled.as_text().count("callback"),
     }
 
@@ -257,6 +296,7 @@ def decode_loop(compiled: jax.stages.Compiled) -> program.Loop | None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default="llama-3-8b")
+    parser.add_argument("--cache", help="instead: the decode loop over this kind of cache")
     parser.add_argument("--out", type=pathlib.Path, help="write the facts to this file too")
     parser.add_argument("--keep-cache", action="store_true", help="plant a mistake: the cache is not donated")
     parser.add_argument("--mesh", help="of H200s, such as tensor=8 or data=2,tensor=4")

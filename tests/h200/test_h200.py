@@ -95,6 +95,42 @@ def test_the_committed_programs_of_eight_h200s_keep_the_laws(model, axes):
     assert broken_laws_of_a_mesh(facts) == []
 
 
+KEEPING = {
+    "cache_int8.json": "int8",
+    "cache_int4.json": "int4",
+    "cache_paged.json": "paged",
+    "cache_paged_int8.json": "paged+int8",
+    "cache_ring.json": "ring:window=1024",
+    "cache_h2o.json": "h2o:budget=1024",
+}
+
+
+def broken_laws_of_a_cache(facts: dict) -> list[str]:
+    """Which promises a loop over a kind of cache does not keep."""
+    laws = {
+        "copies the cache": facts["copies_of_the_cache"],
+        "gathers a pool, or makes a cache whole": facts["writes_of_the_cache"],
+        "does not update the cache in place": facts["memory"]["alias"] < facts["cache_bytes"],
+        "holds a tenth of the rows' keys and values beside them": facts["memory"]["temp"]
+        > facts["dense_cache_bytes"] / 10,
+        "goes to the host": facts["host_callbacks"],
+    }
+    return [sentence for sentence, broken in laws.items() if broken]
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_the_committed_programs_of_caches_keep_the_laws(name):
+    facts = json.loads((COMMITTED.parent / name).read_text())
+    assert (facts["model"], facts["cache"]) == ("llama-3-8b", KEEPING[name])
+    assert broken_laws_of_a_cache(facts) == []
+
+
+@pytest.mark.h200
+@pytest.mark.parametrize("kind", KEEPING.values())
+def test_programs_of_caches_for_an_h200_keep_the_laws(facts, kind):
+    assert broken_laws_of_a_cache(facts("--model", "tiny", "--cache", kind)) == []
+
+
 SPECULATING = {
     "speculate_model.json": ("--draft", "model"),
     "speculate_head.json": ("--draft", "head"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import tiny_models
+from covering import covering
 from flax import struct
 
 import jaxinfer
@@ -157,17 +158,6 @@ def cases(families, lengths):
     """Every combination that there is: a tree has no block rule."""
     product = itertools.product(KINDS, RULES, MESHES, NAMES, lengths, families)
     return [case for case in product if not (case[0].endswith("tree") and case[1] == "block")]
-
-
-def covering(cases):
-    """Few of the cases, but every pair of values of every two axes."""
-    pairs = {pair for case in cases for pair in itertools.combinations(enumerate(case), 2)}
-    chosen = []
-    while pairs:
-        best = max(cases, key=lambda case: len(pairs.intersection(itertools.combinations(enumerate(case), 2))))
-        pairs.difference_update(itertools.combinations(enumerate(best), 2))
-        chosen.append(best)
-    return chosen
 
 
 AXES = ("kind", "rule", "axes", "name", "J", "family")

@@ -1,0 +1,284 @@
+"""What each kind of cache costs and what it loses, side by side: bytes, bits per byte of a text, tokens per second.
+
+    python scripts/cache_report.py
+    python scripts/cache_report.py --text notes.txt --kinds dense int8 streaming:sinks=4,recent=124 --json
+    python scripts/cache_report.py --out benchmarks/cache/builtin
+
+Rows of a text are read up to --prompt-length, then token by token up to --length, as in decoding; what each token costs
+the model there is counted, and how far its law is from the one over a dense cache. Evicting kinds get --budget of the
+length by default, beside a window of the same size. Speed is of decoding at --speed-length, all kinds in turn, round
+after round. The text is the held-out part of the built-in model's by default. Writes OUT.json and OUT.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import time
+from typing import Any
+
+import measured
+from flags import Parser, Refusal, doors
+from screen import size
+
+NUMBERS = ("int8", "float8", "int4", "int4:group=64")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("cache_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="builtin", help="'builtin', a directory, or a hub id")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--text", type=pathlib.Path, nargs="+", help="files to read; each is a row, or several")
+    add("--kinds", nargs="+", metavar="KIND", help="as decode.py --cache has them; dense is always among them")
+    add("--rows", type=int, default=16)
+    add("--prompt-length", type=int, default=512)
+    add("--length", type=int, default=1024)
+    add("--budget", type=float, default=0.2, help="of the length, for the default evicting kinds")
+    add("--speed-length", type=int, default=4096, help="0: do not measure the speed")
+    add("--speed-rows", type=int, default=4)
+    add("--steps", type=int, default=32, help="of decoding, each time it is measured")
+    add("--rounds", type=int, default=5)
+    add("--out", type=pathlib.Path, help="file name without its suffix")
+    add("--json", action="store_true", help="the result on the last line of stdout")
+    args = parser.parse_args(argv)
+    for name in ("rows", "prompt_length", "steps", "rounds", "speed_rows"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    if args.length <= args.prompt_length:
+        parser.error(f"--length {args.length} leaves nothing to count after --prompt-length {args.prompt_length}")
+    if not 0 < args.budget <= 1:
+        parser.error(f"--budget is {args.budget}: give a share of the length, such as 0.2")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures every kind, prints a table, writes what was found."""
+    try:
+        with doors():
+            result = compare(args)
+    except Refusal as refusal:
+        print(f"cache_report.py: {refusal}", file=sys.stderr)
+        return 1
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        plot(args.out.with_suffix(".png"), result)
+    if args.json:
+        print(json.dumps(result))
+    return 0
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of every kind."""
+    import jaxinfer
+
+    tokenizer = jaxinfer.Tokenizer(args.model)
+    params, config = jaxinfer.load(args.model, args.dtype)
+    kinds = chosen(args)
+    for kind in kinds:  # what cannot be is refused before anything is measured
+        jaxinfer.cache.cache_bytes(config, args.rows, args.length, kind)
+    rows, weights = texts(args, tokenizer)
+    found = {kind: {"kind": kind} for kind in kinds}
+    print(f"{'kind':36} {'bytes a token':>13} {'bits a byte':>11} {'lost':>7} {'KL':>9}", flush=True)
+    laws = None
+    for kind in kinds:
+        facts, own = losses(args, params, config, rows, weights, kind, laws)
+        laws = own if laws is None else laws
+        facts["lost"] = facts["bits_per_byte"] / found["dense"].get("bits_per_byte", facts["bits_per_byte"]) - 1
+        found[kind] |= facts
+        print(
+            f"{kind:36} {facts['bytes_per_token']:13.0f} {facts['bits_per_byte']:11.4f} {facts['lost']:7.2%}"
+            f" {facts['kl_to_dense']:9.2e}",
+            flush=True,
+        )
+    if args.speed_length:
+        for kind, speed in speeds(args, params, config, rows, kinds).items():
+            found[kind] |= speed
+            print(
+                f"{kind:36} {size(speed['bytes_at_speed_length']):>13} {speed['tokens_per_second']:9.1f} tokens/s, "
+                f"{speed['over_dense']:.2f} of dense ({speed['least']:.2f} to {speed['most']:.2f})"
+            )
+    what = vars(args) | {"text": [path.name for path in args.text] if args.text else "held-out", "out": None}
+    return {
+        "benchmark": "every kind of cache on one text: what it keeps, what it loses, how fast it decodes",
+        "settings": what, "kinds": list(found.values()), "hardware": measured.hardware(),
+        "versions": measured.versions(), "date": measured.date(),
+        "command": measured.command("scripts/cache_report.py"),
+    }  # fmt: skip
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    """Dense first, then what was asked for."""
+    budget = round(args.budget * args.length)
+    evicting = [
+        f"ring:window={budget}", f"streaming:sinks=4,recent={budget - 4}", f"h2o:budget={budget},recent={budget // 2}",
+        f"snapkv:budget={max(round(args.budget * args.prompt_length), 40)},window=32",
+    ]  # fmt: skip
+    kinds = args.kinds or ["paged", *NUMBERS, "paged+int8", *evicting, f"{evicting[1]}+int8"]
+    return ["dense", *(kind for kind in dict.fromkeys(kinds) if kind != "dense")]
+
+
+def texts(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any]:
+    """Rows of ids [B, L], and how many bytes each of them stands for."""
+    import numpy as np
+
+    from jaxinfer import training
+
+    if args.text:
+        documents = {str(path): path.read_text(encoding="utf-8") for path in args.text}
+    else:
+        documents = training.read_corpus().held_out
+    rows: list[list[int]] = []
+    for text in documents.values():
+        ids = tokenizer.encode(text)
+        rows += [ids[i : i + args.length] for i in range(0, len(ids) - args.length + 1, args.length)][: args.rows]
+        if len(rows) >= args.rows:
+            break
+    if not rows:
+        raise ValueError(f"no text has {args.length} tokens: give a longer one, or lower --length")
+    ids = np.array(rows[: args.rows], np.int32)
+    return ids, training.token_bytes(tokenizer)[ids]
+
+
+def losses(
+    args: argparse.Namespace, params: Any, config: Any, ids: Any, weights: Any, kind: str, laws: Any
+) -> tuple[dict[str, Any], Any]:
+    """What the tokens after the prompts cost over a cache of a kind; and the laws [T, B, V] they were drawn from."""
+    import numpy as np
+
+    import jaxinfer
+
+    cache = jaxinfer.init_cache(config, len(ids), args.length, kind)
+    held = cache.bytes
+    nats, apart, agreed, own, kept = decoded(params, config, ids, cache, laws, prompt=args.prompt_length)
+    nats = np.asarray(nats)  # [B, T]
+    counted = weights[:, args.prompt_length + 1 :]
+    return {
+        "bytes": held,
+        "bytes_at_the_end": kept,
+        "bytes_per_token": kept / ids.size,
+        "bits_per_byte": float((nats * (counted > 0)).sum() / np.log(2) / counted.sum()),
+        "kl_to_dense": float(apart),
+        "same_best_as_dense": float(agreed),
+    }, own
+
+
+def decoded(params: Any, config: Any, ids: Any, cache: Any, laws: Any, prompt: int) -> tuple[Any, ...]:
+    """Reads the prompts, then feeds what follows: (nats [B, T], mean KL, share of same best ids, laws, bytes held)."""
+    import jax
+    import jax.numpy as jnp
+
+    import jaxinfer
+
+    _, cache = jaxinfer.prefill(params, config, ids[:, :prompt], cache)
+    if cache.compresses:
+        cache = jax.jit(lambda cache: cache.compress(ids.shape[1] - prompt))(cache)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def follow(params, cache, ids, laws):
+        def one(cache, at):
+            fed, law = at
+            score, cache = jaxinfer.decode_step(params, config, fed, cache)
+            own = jax.nn.log_softmax(score)
+            if law is None:
+                return cache, (own, jnp.zeros(()), jnp.ones(()))
+            apart = (jnp.exp(law) * (law - own)).sum(-1).mean()
+            return cache, (own, apart, (law.argmax(-1) == own.argmax(-1)).mean())
+
+        cache, (own, apart, agreed) = jax.lax.scan(one, cache, (ids[:, prompt:-1].T, laws))
+        nats = -jnp.take_along_axis(own, ids[:, prompt + 1 :].T[..., None], 2)[..., 0].T
+        return nats, apart.mean(), agreed.mean(), own if laws is None else None, cache
+
+    nats, apart, agreed, own, cache = follow(params, cache, jnp.asarray(ids), laws)
+    return nats, apart, agreed, own, cache.bytes
+
+
+# --- speed ---------------------------------------------------------------------------------------------------------
+
+
+def speeds(args: argparse.Namespace, params: Any, config: Any, ids: Any, kinds: list[str]) -> dict[str, dict[str, Any]]:
+    """Decoding at a length, every kind in turn; dense in the dtype that is fastest here."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import jaxinfer
+
+    rng = np.random.default_rng(0)
+    text = rng.choice(ids.reshape(-1), (args.speed_rows, args.speed_length - args.steps - 1)).astype(np.int32)
+    names = [f"dense in {dtype}" for dtype in ("float32", "bfloat16", "float16")] + kinds[1:]
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def steps(params, cache, newest):
+        def one(_, held):
+            newest, cache = held
+            score, cache = jaxinfer.decode_step(params, config, newest, cache)
+            return score.argmax(-1).astype(jnp.int32), cache
+
+        start = cache.length  # the same tokens again and again: each time is measured at the same length
+        newest, cache = jax.lax.fori_loop(0, args.steps, one, (newest, cache))
+        return newest, cache.rewind(start)
+
+    state: dict[str, Any] = {}
+    for name in names:
+        kind, _, dtype = name.partition(" in ")
+        cache = jaxinfer.init_cache(config, args.speed_rows, args.speed_length, kind, dtype=dtype or None)
+        for first in range(0, text.shape[1], 512):
+            _, cache = jaxinfer.prefill(params, config, text[:, first : first + 512], cache)
+        if cache.compresses:
+            cache = cache.compress(args.steps + 1)
+        state[name] = [jnp.zeros(args.speed_rows, jnp.int32), cache]
+        state[name][1] = jax.block_until_ready(steps(params, state[name][1], state[name][0])[1])
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name, held in state.items():
+            began = time.perf_counter()
+            held[1] = jax.block_until_ready(steps(params, held[1], held[0])[1])
+            seconds[name].append(time.perf_counter() - began)
+    best = min(names[:3], key=lambda name: statistics.median(seconds[name]))
+    found = {}
+    for name in (best, *names[3:]):
+        ratios = [a / b for a, b in zip(seconds[best], seconds[name], strict=True)]
+        found[name.partition(" in ")[0]] = {
+            "dtype": name.partition(" in ")[2] or config.dtype,
+            "bytes_at_speed_length": state[name][1].bytes,
+            "tokens_per_second": args.steps * args.speed_rows / statistics.median(seconds[name]),
+            "over_dense": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
+        }  # fmt: skip
+    return found
+
+
+def plot(path: pathlib.Path, result: dict[str, Any]) -> None:
+    """What is lost over what is kept, and how fast each kind decodes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = result["kinds"]
+    figure, axes = plt.subplots(1, 2, figsize=(13, 0.36 * len(rows) + 2), sharey=True)
+    names = [f"{row['kind']}" for row in rows]
+    where = range(len(rows))
+    axes[0].barh(where, [row["bytes_per_token"] for row in rows], color="tab:blue")
+    for i, row in enumerate(rows):
+        axes[0].text(row["bytes_per_token"], i, f" {row['bits_per_byte']:.4f} bits a byte ({row['lost']:+.2%})",
+                     va="center", fontsize=8)  # fmt: skip
+    axes[0].set(yticks=where, yticklabels=names, xlabel="bytes a token at the end of the text")
+    axes[0].set_xlim(0, 1.6 * max(row["bytes_per_token"] for row in rows))
+    if "over_dense" in rows[0]:
+        axes[1].barh(where, [row["over_dense"] for row in rows], color="tab:green")
+        axes[1].axvline(1, color="black", linewidth=0.8)
+        axes[1].set_xlabel(f"decoding at {result['settings']['speed_length']} tokens, times dense")
+    axes[0].invert_yaxis()
+    figure.suptitle("Kinds of KV cache on held-out text")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

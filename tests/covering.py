@@ -1,0 +1,14 @@
+"""Few of many cases that show every pair of values (a pairwise covering set)."""
+
+import itertools
+
+
+def covering(cases):
+    """Few of the cases, tuples of the same axes, but every pair of values of every two axes that there is."""
+    pairs = {pair for case in cases for pair in itertools.combinations(enumerate(case), 2)}
+    chosen = []
+    while pairs:
+        best = max(cases, key=lambda case: len(pairs.intersection(itertools.combinations(enumerate(case), 2))))
+        pairs.difference_update(itertools.combinations(enumerate(best), 2))
+        chosen.append(best)
+    return chosen
