@@ -82,12 +82,12 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     kinds = chosen(args)
     for kind in kinds:  # what cannot be is refused before anything is measured
         jaxinfer.cache.cache_bytes(config, args.rows, args.length, kind)
-    rows, weights = texts(args, tokenizer)
+    rows, num_bytes = texts(args, tokenizer)
     found = {kind: {"kind": kind} for kind in kinds}
     print(f"{'kind':36} {'bytes a token':>13} {'bits a byte':>11} {'lost':>7} {'KL':>9}", flush=True)
     laws = None
     for kind in kinds:
-        facts, own = losses(args, params, config, rows, weights, kind, laws)
+        facts, own = losses(args, params, config, rows, num_bytes, kind, laws)
         laws = own if laws is None else laws
         facts["lost"] = facts["bits_per_byte"] / found["dense"].get("bits_per_byte", facts["bits_per_byte"]) - 1
         found[kind] |= facts
@@ -123,8 +123,8 @@ def chosen(args: argparse.Namespace) -> list[str]:
     return ["dense", *(kind for kind in dict.fromkeys(kinds) if kind != "dense")]
 
 
-def texts(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any]:
-    """Rows of ids [B, L], and how many bytes each of them stands for."""
+def texts(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, int]:
+    """Rows of ids [B, L], and how many bytes the tokens of all rows stand for that are counted."""
     import numpy as np
 
     from jaxinfer import training
@@ -142,11 +142,11 @@ def texts(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any]:
     if not rows:
         raise ValueError(f"no text has {args.length} tokens: give a longer one, or lower --length")
     ids = np.array(rows[: args.rows], np.int32)
-    return ids, training.token_bytes(tokenizer)[ids]
+    return ids, sum(len(tokenizer.decode(row[args.prompt_length + 1 :].tolist()).encode()) for row in ids)
 
 
 def losses(
-    args: argparse.Namespace, params: Any, config: Any, ids: Any, weights: Any, kind: str, laws: Any
+    args: argparse.Namespace, params: Any, config: Any, ids: Any, num_bytes: int, kind: str, laws: Any
 ) -> tuple[dict[str, Any], Any]:
     """What the tokens after the prompts cost over a cache of a kind; and the laws [T, B, V] they were drawn from."""
     import numpy as np
@@ -156,13 +156,11 @@ def losses(
     cache = jaxinfer.init_cache(config, len(ids), args.length, kind)
     held = cache.bytes
     nats, apart, agreed, own, kept = decoded(params, config, ids, cache, laws, prompt=args.prompt_length)
-    nats = np.asarray(nats)  # [B, T]
-    counted = weights[:, args.prompt_length + 1 :]
     return {
         "bytes": held,
         "bytes_at_the_end": kept,
         "bytes_per_token": kept / ids.size,
-        "bits_per_byte": float((nats * (counted > 0)).sum() / np.log(2) / counted.sum()),
+        "bits_per_byte": float(np.asarray(nats, np.float64).sum() / np.log(2) / num_bytes),
         "kl_to_dense": float(apart),
         "same_best_as_dense": float(agreed),
     }, own

@@ -252,7 +252,7 @@ class Cache(struct.PyTreeNode):
         new = self.replace(layers=layers, length=self.length.at[rows].set(other.length[:count]), limit=limit)
         if self.pages is None:
             return new
-        new = new.replace(pages=new.pages.release(jnp.where(one_of(rows, len(self.length)), 0, new.length)))
+        new = new.replace(pages=self.pages.release(jnp.where(one_of(rows, len(self.length)), 0, new.length)))
         return new.paged_from(rows, other, jnp.arange(count))
 
     def fork(self, rows: jax.Array, sources: jax.Array, length: jax.Array | None = None) -> Cache:

@@ -154,13 +154,13 @@ class Heavy(LayerCache):
             new = jnp.pad(new, room, constant_values=empty)
             return jnp.where(busy.reshape(*busy.shape, *[1] * (x.ndim - 3)), new, old)
 
-        new = [
+        k, v = (
             jax.tree.map(lambda x, old: chosen(x, old, 0), *pair) for pair in zip(both, (self.k, self.v), strict=True)
-        ]
+        )
         place, score = chosen(place, self.place, PAST), chosen(total, self.score, 0)
         score = jnp.where(place < PAST, score, 0)
         alive, scores = (jnp.repeat(x[:, :, None], self.pending, 2) for x in (place < PAST, score))
-        return out, Heavy(*new, place, score, alive, scores, self.budget, self.recent).placed()
+        return out, Heavy(k, v, place, score, alive, scores, self.budget, self.recent).placed()
 
     def commit(self, length: jax.Array, num: jax.Array) -> Heavy:
         """See `LayerCache`."""

@@ -45,16 +45,16 @@ class Kivi(LayerCache):
         first, end = (jnp.where(step.num > 0, self.groups(x - 1), 0) for x in (step.begin, step.end))
         unit = first[:, None] + jnp.arange(-(-k.shape[2] // self.old.k.tokens))
         unit = jnp.where(unit < end[:, None], unit, PAST)  # the groups that are coded now
-        fresh = [
+        new_k, new_v = (
             codes.encode(self.collect(held.x, new.x, unit, step))  # type: ignore[attr-defined]
             for codes, held, new in zip((self.old.k, self.old.v), (self.ring.k, self.ring.v), own, strict=True)
-        ]
-        old = self.old.write(*fresh, unit, end, step.pages)
+        )
+        old = self.old.write(new_k, new_v, unit, end, step.pages)
         border = self.groups(step.position) * self.old.k.tokens
         if self.old.spare is None or k.shape[2] <= (self.ring.spare or 0):
             coded = [old.source(end, step.pages)]
         else:
-            coded = [self.old.source(first, step.pages), Held(*fresh, unit)]
+            coded = [self.old.source(first, step.pages), Held(new_k, new_v, unit)]
         if k.shape[2] <= (self.ring.spare or 0):
             plain = [ring.source(step.end, None)]
         else:

@@ -74,7 +74,7 @@ class Pages:
         first = jnp.maximum(length - self.late, 0) // self.page  # the page of the next token
         first = jnp.where(end > 0, first, self.table.shape[1])
         table, holders, source, target, short = given(
-            *(self.grouped(x) for x in (self.table, want, first)), self.holders
+            self.grouped(self.table), self.grouped(want), self.grouped(first), self.holders
         )
         flat = [x.reshape(-1, *x.shape[2:]) for x in (table, source, target, short)]
         pages = self.replace(table=flat[0], holders=holders, lacking=self.lacking | flat[3])  # type: ignore[attr-defined]

@@ -77,7 +77,7 @@ class Snap(LayerCache):
             return jnp.pad(jnp.take_along_axis(x, at, 2), [(0, 0), (0, 0), (0, room), *[(0, 0)] * (x.ndim - 3)])
 
         num = jnp.minimum(length, kept)
-        return Picked(*(jax.tree.map(chosen, x) for x in (k, v)), num, length - num)
+        return Picked(jax.tree.map(chosen, k), jax.tree.map(chosen, v), num, length - num)
 
 
 @struct.dataclass

@@ -17,6 +17,7 @@ from jaxinfer.quantization import Codes, Plain
 # Of a draft tree: (base [B], sees [T, M] bool, depth [M]): slot base + i, at position base + depth[i], is seen by a
 # query t where sees[t, i]; slots before base are at the position of their index, and seen by all.
 Branches = tuple[jax.Array, jax.Array, jax.Array]
+DECODED = 256  # tokens of a block of codes: what they say is held beside them
 MASKED = -1e30  # finite: a query that sees nothing (a pad) gives numbers, not NaN
 PAST = 1 << 30  # the position of a pad, and of a slot that holds nothing: past any size, so that no query sees it
 
@@ -92,7 +93,8 @@ class Held:
     def shape(self) -> tuple[int, int]:
         """(U, units of a block)."""
         units = jax.tree.leaves(self.k)[0].shape[2]
-        return units, min(units, max(self.size // self.k.tokens, 1))
+        size = self.size if self.k.array is not None else min(self.size, DECODED)
+        return units, min(units, max(size // self.k.tokens, 1))
 
     def blocks(self, past: jax.Array) -> jax.Array:
         """See `Source`. All of them where the slots are in no order."""
@@ -112,7 +114,8 @@ class Held:
         own = begin + jnp.arange(block)
         slot = mesh.start("S", units) + own if self.slot is None else part(self.slot, 1)
         slot = jnp.where(own >= index * block, slot, PAST)
-        return *(unfold(jax.tree.map(part, x)) for x in (self.k, self.v)), spread(slot, self.k.tokens)
+        k, v = (unfold(jax.tree.map(part, x)) for x in (self.k, self.v))
+        return k, v, spread(slot, self.k.tokens)
 
 
 def unfold(codes: Codes) -> jax.Array:

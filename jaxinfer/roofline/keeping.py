@@ -39,7 +39,7 @@ def kind_of(kind: CacheKind | str) -> CacheKind:
 
 def spelled(kind: Kind) -> CacheKind:
     """A kind of cache, by what it keeps and in which numbers."""
-    options = dict(kind.options)
+    options: dict = dict(kind.options)
     match kind.layout:
         case "dense":
             kept: dict = {}

@@ -233,10 +233,10 @@ def busy(kind):
     walk.feed(texts(2, 4, 3, 4, 2), kept=[3, 0, 1, 2], pieces=PENDING)
     walk.branch(3, 0)
     walk.feed(texts(3, 1, 1, 1, 1))
-    walk.feed(texts(4, 3, 2, 4, 4), kept=[2, 2, 3, 4], pieces=PENDING)
+    walk.feed(texts(4, 4, 2, 4, 4), kept=[0, 2, 3, 4], pieces=PENDING)
     walk.back([13, 20, 14, 30])
     walk.feed(texts(5, 11, 2, 5, 7))
-    walk.move([0, 2], [2, 1])
+    walk.move([1, 2], [2, 1])
     walk.feed(texts(6, 4, 4, 4, 4), kept=[4, 1, 2, 3])
     walk.feed(texts(7, 1, 1, 1, 1))
     return walk

@@ -135,6 +135,7 @@ SPECULATING = {
     "speculate_model.json": ("--draft", "model"),
     "speculate_head.json": ("--draft", "head"),
     "speculate_ngram.json": ("--draft", "ngram"),
+    "speculate_model_tree_adaptive.json": ("--draft", "model", "--tree", "--adaptive"),
 }
 
 

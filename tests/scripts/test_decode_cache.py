@@ -63,7 +63,19 @@ def test_the_plan_says_what_is_taken_and_what_fits_and_takes_nothing(run, tiny):
 
 def test_the_plan_of_a_shape_needs_no_weights(decode, capsys):
     shape = pathlib.Path(__file__).parents[2] / "configs" / "models" / "llama-3-70b.toml"
-    words = ["--plan", "--random-weights", str(shape), "--cache", "int4", "--max-length", "8192", "--memory", "640GB"]
+    words = [
+        "--plan",
+        "--random-weights",
+        str(shape),
+        "--cache",
+        "int4",
+        "--max-length",
+        "8192",
+        "--dtype",
+        "bfloat16",
+        "--memory",
+        "640GB",
+    ]
     assert decode.main(decode.parse_args([*words, "--json"])) == 0
     told = json.loads(capsys.readouterr().out)
     assert 141e9 < told["weight_bytes"] < 142e9
