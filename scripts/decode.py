@@ -434,7 +434,7 @@ def facts(model: Model, done: list[Work], load_seconds: float, compiled: int) ->
         "devices": len(devices),
         "mesh": {} if mesh is None else dict(mesh.shape),
         "dtype": model.config.dtype,
-        "cache": done[-1].cache,
+        "cache": done[-1].cache | {"bytes_at_the_end": streams[-1].cache_bytes},
         "weight_bytes": sum(leaf.nbytes for leaf in leaves),
         "per_device": done[-1].per_device,
         "collectives": done[-1].collectives,

@@ -71,7 +71,7 @@ def report(told: dict[str, Any]) -> None:
         f"the first after {seconds['first_token'] or 0:.2f} s\n"
         f"load {seconds['load']:.2f} s, compile {seconds['compile']:.2f} s (programs: {told['compiled_programs']}), "
         f"prefill {seconds['prefill']:.2f} s{rate['prefill']}, decode {seconds['decode']:.2f} s{rate['decode']}\n"
-        f"weights {size(told['weight_bytes'])}, {cache['kind']} cache {size(cache['bytes'])} ({cache['rows']} x "
+        f"weights {size(told['weight_bytes'])}, {cache['kind']} cache {shrunk(cache)} ({cache['rows']} x "
         f"{cache['size']} tokens, {cache['dtype']}){speed}{share}"
     )
     if told["speculation"]:
@@ -84,6 +84,12 @@ def report(told: dict[str, Any]) -> None:
             f"mesh {axes}: {size(held['weight_bytes'])} of weights and {size(held['cache_bytes'])} of cache a device; "
             f"a step: {step or 'no collectives'}"
         )
+
+
+def shrunk(cache: dict[str, Any]) -> str:
+    """The bytes of a cache, at first and, where it became smaller, at the end."""
+    first, last = cache["bytes"], cache["bytes_at_the_end"]
+    return size(first) if first == last else f"{size(first)}, then {size(last)}"
 
 
 def fared(told: dict[str, Any], dtype: str) -> str:

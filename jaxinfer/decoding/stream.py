@@ -79,6 +79,11 @@ class Stream:
             self._ends = np.full_like(self._ends, NEVER)
         return self._state
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of the cache as it is now: one that makes prompts small is large until they have been read."""
+        return self._state.cache.bytes
+
     def stop(self) -> None:
         """Ends with the dispatch at hand; of several processes one may ask, and all end with the same dispatch."""
         self._stopping = True

@@ -156,7 +156,7 @@ def walk_about(data, kind):
     return walk
 
 
-few = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("kind", SAME_AS_DENSE)

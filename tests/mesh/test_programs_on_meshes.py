@@ -78,8 +78,9 @@ def promised(config, axes, loop):
     """{kind: count} of a decode step (or of one trip of the loop, with the draw and the question who still runs)."""
     split = mesh.parse_axes(axes)
     tensor, seq, data = (split.get(name, 1) > 1 for name in ("tensor", "seq", "data"))
-    layers = len(config.layers)
-    reduces = layers * (2 * tensor + 3 * seq) + tensor  # two a layer (o and down), three for a split softmax; embedding
+    layers, whole = len(config.layers), sum(spec.window is None for spec in config.layers)
+    # two a layer (o and down), three for a softmax over split slots (a ring's are not split); embedding
+    reduces = layers * 2 * tensor + whole * 3 * seq + tensor
     reduces += tensor * sum(spec.qk_norm == "projection" for spec in config.layers)  # both norms in one
     reduces += loop and data
     # the door cuts the padding off its logits; the draw joins the devices' candidates
@@ -94,7 +95,7 @@ def promised_bytes(wide, axes):
     | embedding                             | tensor | one           | D                                 |
     | o, down                               | tensor | two a layer   | D each                            |
     | norms over the projections of q and k | tensor | one a layer   | 2 (olmo2 alone)                   |
-    | softmax over split slots              | seq    | three a layer | N, N and N x H, of the device's N |
+    | softmax over split slots (no ring's)  | seq    | three a layer | N, N and N x H, of the device's N |
     (the last twice where N = K: a lone query is multiplied as two)
     """
     split = mesh.parse_axes(axes)
@@ -104,7 +105,7 @@ def promised_bytes(wide, axes):
         floats += 2 * wide.width * (tensor > 1)
         floats += 2 * (tensor > 1 and spec.qk_norm == "projection")
         alone = 1 + (spec.num_heads == spec.num_kv_heads)  # a lone query is multiplied as two
-        floats += alone * spec.num_heads // tensor * (spec.head_width + 2) * (seq > 1)
+        floats += alone * spec.num_heads // tensor * (spec.head_width + 2) * (seq > 1 and spec.window is None)
     return 4 * ROWS // data * floats
 
 

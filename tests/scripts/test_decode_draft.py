@@ -207,7 +207,7 @@ def others(small, tmp_path_factory):
         ("--draft ngram --num-draft-tokens 64", "num_draft_tokens is 64: it must be from 1 to 63"),
         ("--draft layers:1 --draft-tree 8,8", "the draft tree has 72 nodes: it must have from 1 to 63"),
         ("--draft ngram --num-draft-tokens 8 --max-length 8", "8 needs 9 positions a round but the cache holds 8"),
-        ("--draft ngram --cache none", "--cache none keeps nothing"),
+        ("--draft layers:1 --draft-tree 2,2 --cache h2o", "so it holds no draft tree"),
     ],
 )
 def test_a_draft_that_does_not_fit_is_refused(refused, tiny, others, words, says):

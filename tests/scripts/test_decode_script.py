@@ -77,7 +77,7 @@ def told(run, *words, **options):
 def test_the_json_line_tells_all(run):
     report = told(run, "--prompt", *PROMPTS[:2], "--max-new-tokens", 12)
     assert {"model", "platform", "devices", "dtype", "gb_per_second", "compiled_programs"} <= set(report)
-    assert report["cache"]["kind"] == "dense"
+    assert report["cache"]["kind"] == "auto"
     assert report["cache"]["bytes"] == 2 * 2 * 2 * 64 * 2 * 8 * 4 + 2 * 4  # kv, layers, rows, S, K, H, float32; lengths
     assert report["weight_bytes"] == roofline.weight_bytes(models.config_from_hf(RAW))
     assert report["prompt_tokens"] == [9, 9]
