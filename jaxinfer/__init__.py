@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what the lazy door below opens, for editors and type checke
     from jaxinfer.decoding import stream as stream
     from jaxinfer.mesh import make_mesh as make_mesh
     from jaxinfer.mesh import shard as shard
+    from jaxinfer.models import quantize as quantize
     from jaxinfer.sampling import Sampling as Sampling
     from jaxinfer.sampling import sample as sample
     from jaxinfer.speculation import speculate as speculate
@@ -51,6 +52,7 @@ ROOM = {  # public name -> the room where it lives
     "stream": "decoding",
     "speculate": "speculation",
     "sample": "sampling",
+    "quantize": "models",
     "make_mesh": "mesh",
     "shard": "mesh",
     "Tokenizer": "text",

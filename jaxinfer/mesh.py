@@ -11,6 +11,7 @@ and logits, rows over `data`, the cache's positions over `seq`.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -166,10 +167,29 @@ def shard(tree: Any, letters: Any = None, mesh: Mesh | None = None) -> Any:
     return _map(put, tree, letters)
 
 
+class Parts(abc.ABC):
+    """What several arrays make up together, and a tree of letters knows by one word: a quantized weight."""
+
+    @abc.abstractmethod
+    def letters(self, word: str) -> Any:
+        """The letters of the arrays, congruent with them."""
+
+
+def spelled(tree: Any, letters: Any) -> Any:
+    """Letters congruent with the arrays of a tree, where some of its leaves are `Parts`."""
+
+    def one(x: Any, word: Any) -> Any:
+        return x.letters(word) if isinstance(x, Parts) and isinstance(word, str) else word
+
+    return jax.tree.map(one, tree, letters, is_leaf=lambda x: isinstance(x, Parts))
+
+
 def _map(f: Callable[[str, Any, str], Any], tree: Any, letters: Any) -> Any:
     """f(path, leaf, word) over two congruent trees; None leaves stay."""
     return jax.tree_util.tree_map_with_path(
-        lambda keys, x, word: f(jax.tree_util.keystr(keys, simple=True, separator="/"), x, word), tree, letters
+        lambda keys, x, word: f(jax.tree_util.keystr(keys, simple=True, separator="/"), x, word),
+        tree,
+        spelled(tree, letters),
     )
 
 

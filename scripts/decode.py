@@ -70,6 +70,7 @@ class Model:
     params: Any
     config: Any
     tokenizer: Any
+    form: str | None = None  # of the weights, where they are in codes
     drafting: Any = None  # see `drafting.Drafting`
 
 
@@ -122,7 +123,7 @@ def digest(data: bytes) -> str:
 
 def load(args: Settings) -> Model:
     """The model, and the draft that is to guess for it."""
-    model = load_model(args)
+    model = dataclasses.replace(load_model(args), form=args.quantize)
     if args.draft is None:
         return model
     import drafting
@@ -133,27 +134,29 @@ def load(args: Settings) -> Model:
 def load_model(args: Settings) -> Model:
     """The checkpoint with its tokenizer, or random weights of a shape."""
     if args.random_weights:
-        return random_weights(args.random_weights, args.dtype)
+        return random_weights(args, args.random_weights)
     tokenizer = jaxinfer.Tokenizer(args.name)
     if args.chat and not tokenizer.has_chat_template:
         raise ValueError(f"{args.name} has no chat template: use --prompt without --chat, or a --model that has one")
-    params, config = jaxinfer.load(args.name, None if args.dtype == "auto" else args.dtype)
+    params, config = jaxinfer.load(args.name, None if args.dtype == "auto" else args.dtype, quantize=args.quantize)
     return Model(args.name, params, config, tokenizer)
 
 
-def random_weights(path: str, dtype: str) -> Model:
+def random_weights(args: Settings, path: str) -> Model:
     """The shape in a file, with random weights."""
     import jax
     import planning
 
-    config, models = planning.read_shape(path, dtype), jaxinfer.models
-    need = jaxinfer.mesh.local_bytes(models.param_shapes(config), models.letters(config))
+    config, models = planning.read_shape(path, args.dtype), jaxinfer.models
+    need = jaxinfer.mesh.local_bytes(planning.param_shapes(args, config), models.letters(config))
     free = jaxinfer.kernels.free_memory()
     if free is not None and need > free:
         raise ValueError(
             f"{path} needs {size(need)} for its weights but {size(free)} are free: take fewer layers or a smaller dtype"
         )
     params = models.init_params(config, jax.random.key(0), config.dtype)
+    if args.quantize:
+        params = jaxinfer.quantize(params, args.quantize)
     return Model(pathlib.Path(path).stem, jax.block_until_ready(params), config, Numbers())
 
 
@@ -421,11 +424,11 @@ def facts(model: Model, done: list[Work], load_seconds: float, compiled: int) ->
     # rates are of the steps after a stream's first, which finds nothing warm and takes in the last token of the prompt
     later = decode - sum(s.first_seconds for s in streams)
     tokens = sum(max(len(row) - 1, 0) for row in ids)
-    moved = sum(bytes_moved(model.config, work) for work in done)
+    moved = sum(bytes_moved(model.config, model.form, work) for work in done)
     warm = tokens > 0 and later > 0
     rate = moved / later if warm else None
     chip = jaxinfer.roofline.chip(devices[0].device_kind)
-    busy = sum(busiest(model.config, work, chip) for work in done) if chip else 0
+    busy = sum(busiest(model.config, model.form, work, chip) for work in done) if chip else 0
     mesh = jaxinfer.mesh.concrete()
     return {
         "model": model.name,
@@ -434,6 +437,7 @@ def facts(model: Model, done: list[Work], load_seconds: float, compiled: int) ->
         "devices": len(devices),
         "mesh": {} if mesh is None else dict(mesh.shape),
         "dtype": model.config.dtype,
+        "weights": model.form,
         "cache": done[-1].cache | {"bytes_at_the_end": streams[-1].cache_bytes},
         "weight_bytes": sum(leaf.nbytes for leaf in leaves),
         "per_device": done[-1].per_device,
@@ -467,23 +471,27 @@ def half_way(work: Work) -> list[int]:
     return [n + len(ids) // 2 for n, ids in zip(work.held, work.stream.ids, strict=True)]
 
 
-def busiest(config: Any, work: Work, chip: Any) -> float:
+def busiest(config: Any, form: str | None, work: Work, chip: Any) -> float:
     """Seconds that the busiest chip of the mesh has to read for, in the steps after the first one."""
     mesh, lengths = jaxinfer.mesh.concrete(), half_way(work)
     axes = {} if mesh is None else dict(mesh.shape)
     on = dataclasses.replace(chip, interconnect=chip.interconnect or 1.0)  # what is sent is not asked for
-    limit = jaxinfer.roofline.decode(config, len(lengths), lengths, on, axes, cache=work.cache["kind"])
+    packed = jaxinfer.roofline.weights_of(form)
+    limit = jaxinfer.roofline.decode(config, len(lengths), lengths, on, axes, weights=packed, cache=work.cache["kind"])
     return limit.memory_seconds * max(work.stream.steps - 1, 0)
 
 
-def bytes_moved(config: Any, work: Work) -> float:
+def bytes_moved(config: Any, form: str | None, work: Work) -> float:
     """Weights and valid cache that the steps after the first one had to read; lengths are those half way through.
 
     What a draft reads beside them does not count.
     """
     lengths = half_way(work)
     dtype = work.cache["dtype"] if work.cache["dtype"] in FLOATS else None
-    step = jaxinfer.roofline.decode_bytes(config, len(lengths), lengths, cache_dtype=dtype, cache=work.cache["kind"])
+    packed = jaxinfer.roofline.weights_of(form)
+    step = jaxinfer.roofline.decode_bytes(
+        config, len(lengths), lengths, packed, cache_dtype=dtype, cache=work.cache["kind"]
+    )
     return step * max(work.stream.steps - 1, 0)
 
 

@@ -43,6 +43,12 @@ def read_config(args: Settings) -> Any:
     return models.arrange_config(models.config_from_hf(raw).replace(dtype=dtype))
 
 
+def param_shapes(args: Settings, config: Any) -> Any:
+    """The shapes of the weights, in codes where that is wanted."""
+    shapes, form = models.param_shapes(config), args.quantize
+    return shapes if form is None else jax.eval_shape(lambda params: models.quantize(params, form), shapes)
+
+
 def plan(args: Settings) -> dict[str, Any]:
     """Bytes of weights and cache on this process's devices, and the most rows or tokens that fit."""
     config = read_config(args)
@@ -51,12 +57,13 @@ def plan(args: Settings) -> dict[str, Any]:
     S = args.max_length or (needed if args.prompt_length else config.max_length or 4096)
     options = {"kind": args.cache, "dtype": None if args.cache_dtype == "auto" else args.cache_dtype}
     shapes = jax.eval_shape(lambda: caches.init_cache(config, rows, S, **options))
-    params = mesh.local_bytes(models.param_shapes(config), models.letters(config))
+    params = mesh.local_bytes(param_shapes(args, config), models.letters(config))
     held = mesh.local_bytes(shapes, shapes.letters())
     memory = amount(args.memory) if args.memory else kernels.free_memory()
     told = {
         "model": args.name if not args.random_weights else pathlib.Path(args.random_weights).stem,
         "dtype": config.dtype,
+        "weights": args.quantize,
         "weight_bytes": params,
         "cache": {"kind": args.cache, "rows": rows, "size": S, "bytes": held, "bytes_per_token": held / rows / S},
         "memory": memory,
@@ -76,7 +83,7 @@ def show(told: dict[str, Any]) -> str:
     """The same for people."""
     cache, fits = told["cache"], told["fits"]
     lines = [
-        f"{told['model']} in {told['dtype']}: weights {size(told['weight_bytes'])}",
+        f"{told['model']} in {told['weights'] or told['dtype']}: weights {size(told['weight_bytes'])}",
         f"{cache['kind']} cache of {cache['rows']} x {cache['size']} tokens: {size(cache['bytes'])}, "
         f"{size(cache['bytes_per_token'])} a token",
     ]

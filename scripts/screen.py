@@ -67,8 +67,8 @@ def report(told: dict[str, Any]) -> None:
     if told["share_of_bandwidth"]:
         share = f" ({told['share_of_bandwidth']:.0%} of the chip's)"
     say(
-        f"\n{told['model']} in {told['dtype']} on {told['devices']} x {told['device']}: tokens {tokens}; "
-        f"the first after {seconds['first_token'] or 0:.2f} s\n"
+        f"\n{told['model']} in {told['weights'] or told['dtype']} on {told['devices']} x {told['device']}: "
+        f"tokens {tokens}; the first after {seconds['first_token'] or 0:.2f} s\n"
         f"load {seconds['load']:.2f} s, compile {seconds['compile']:.2f} s (programs: {told['compiled_programs']}), "
         f"prefill {seconds['prefill']:.2f} s{rate['prefill']}, decode {seconds['decode']:.2f} s{rate['decode']}\n"
         f"weights {size(told['weight_bytes'])}, {cache['kind']} cache {shrunk(cache)} ({cache['rows']} x "

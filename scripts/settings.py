@@ -30,6 +30,9 @@ class Settings(runtime.Machine):
     model: str | None = setting(None, "'builtin' (the default), a directory, or a hub id")
     random_weights: str | None = setting(None, "instead: random weights of a shape (.toml, .json)", metavar="CONFIG")
     dtype: str = setting("auto", "of the weights (default: as stored)", choices=("auto", *FLOATS))
+    quantize: str | None = setting(
+        None, "weights in codes: int8, or int4:group=32 (then logits' matrix is int8)", metavar="FORM"
+    )
     prompt: tuple[str, ...] = setting((), "text to continue; several are several rows", metavar="TEXT")
     prompt_file: str | None = setting(None, "a prompt from a file (- is stdin), less its last newline", metavar="FILE")
     prompt_length: int | None = setting(None, "a prompt of N random ids", metavar="N")

@@ -3,7 +3,9 @@
     with quickly(): ...  # or the fixture `quickly_compiled`
     subprocess.run(..., env=os.environ | QUICKLY)
 
-Not for a test that looks at the compiled program itself, or at bits that only the program which users run may change.
+Not for a test of bits that only the program which users run may change. A test that reads a compiled program takes
+`quickly(read=True)`, the fixture `compiled_to_be_read`: its text is that of the users' program, only the machine code
+is made in a hurry.
 """
 
 from __future__ import annotations
@@ -24,15 +26,17 @@ QUICKLY = {
 
 
 @contextlib.contextmanager
-def quickly(wanted: bool = True) -> Iterator[None]:
+def quickly(wanted: bool = True, read: bool = False) -> Iterator[None]:
     """What is compiled meanwhile is compiled quickly; as users compile it where that is not wanted."""
     before, usual = jax.config.read("jax_disable_most_optimizations"), compiler.get_compile_options
 
     def quick(*arguments, env_options_overrides=None, **options):
         return usual(*arguments, env_options_overrides=EMITTERS | (env_options_overrides or {}), **options)
 
+    hurried = quick if wanted and not read else usual
+
     jax.config.update("jax_disable_most_optimizations", wanted)
-    compiler.get_compile_options = quick if wanted else usual
+    compiler.get_compile_options = hurried
     try:
         yield
     finally:

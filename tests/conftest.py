@@ -25,6 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
         emulate_devices(8)
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not look through it again, nor after every few allocations."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 @pytest.fixture(autouse=True)
 def few_mappings():
     """Every program that XLA:CPU compiles maps memory, and a process may have 65530 maps: past that XLA crashes."""
@@ -38,6 +44,13 @@ def few_mappings():
 def quickly_compiled():
     """For laws, which hold in any program; not for facts of programs."""
     with quickly():
+        yield
+
+
+@pytest.fixture
+def compiled_to_be_read():
+    """For facts of programs, whose text this leaves as it is."""
+    with quickly(read=True):
         yield
 
 

@@ -30,24 +30,36 @@ class KernelChoice:
         if self.linear not in LINEAR:
             raise ValueError(f"linear={self.linear!r} names no kernel: the choices are {', '.join(LINEAR)}")
 
-    def product(self, x: Array, w: Array) -> Callable[[Array, Array, Callable], Array] | None:
-        """The kernel that multiplies x [M, I] with w [O, I], called with them and their plain twin; None: the twin.
+    def product(self, x: Array, *w: Array) -> Callable[..., Array] | None:
+        """The kernel that multiplies x [M, I] with w [O, I], called with their plain twin and them; None: the twin.
 
-        Only x's and w's shapes and dtypes are looked at. RuntimeError where linear="cpu" cannot be kept.
+        w may be codes and their scales, see `cpu.linear`. Only shapes and dtypes are looked at. RuntimeError where
+        linear="cpu" cannot be kept.
         """
         if self.linear == "reference" or (self.linear == "auto" and jax.default_backend() != "cpu"):
             return None
-        if x.dtype != w.dtype or w.dtype not in (jnp.float32, jnp.bfloat16):
-            reason, remedy = f"it multiplies no {x.dtype} with {w.dtype}", "use float32 or bfloat16 for both"
-        elif partitioned(x, w):
+        reason, remedy = unknown(x, *w), "use float32 or bfloat16 for both"
+        if reason is None and partitioned(x, *w):
             reason, remedy = "a mesh is set, and XLA cannot split a kernel", "use it in shard_map(check_vma=False)"
-        else:
+        if reason is None:
             reason, remedy = cpu.unavailable(), "install g++ or clang++"
         if reason is None:
             return cpu.product
         if self.linear == "cpu":
             raise RuntimeError(f"linear='cpu' is not to be had: {reason}: {remedy}, or choose linear='auto'")
         return None
+
+
+def unknown(x: Array, w: Array, scale: Array | None = None) -> str | None:
+    """Why the CPU kernel cannot multiply such arrays, or None if it can."""
+    if scale is None:
+        known = x.dtype == w.dtype and w.dtype in (jnp.float32, jnp.bfloat16)
+    elif w.dtype == jnp.int8:
+        known = x.dtype == scale.dtype == jnp.float32
+    else:
+        known = (x.dtype, w.dtype, scale.dtype) == (jnp.float32, jnp.uint8, jnp.float16)
+        known = known and x.shape[1] % (scale.shape[1] * cpu.UNIT) == 0
+    return None if known else f"it multiplies no {x.dtype} with {w.dtype}"
 
 
 def partitioned(*arrays: Array) -> bool:

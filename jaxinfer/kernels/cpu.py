@@ -22,55 +22,64 @@ import numpy as np
 
 from jaxinfer.kernels import build
 
-# The number changes with what the handler is given: a program from a persistent cache never calls another version's.
-TARGET = "jaxinfer_linear_v1"
+# The number changes with what a handler is given: a program from a persistent cache never calls another version's.
+TARGET, CODED = "jaxinfer_linear_v1", "jaxinfer_coded_v1"
+UNIT = 32  # codes of four bits lie together, the first half of them in the low bits of 16 bytes
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3}
 BEST = -1
 
 _lock = threading.Lock()
 
 
-def linear(x: jax.Array, w: jax.Array, isa: str | None = None, threads: int | None = None) -> jax.Array:
+def linear(
+    x: jax.Array, w: jax.Array, isa: str | None = None, threads: int | None = None, scale: jax.Array | None = None
+) -> jax.Array:
     """x [M, I] times w [O, I] transposed, both float32 or both bfloat16: [M, O] float32. The bare kernel.
 
+    scale: w is codes, of which the kernel makes float32 numbers on the way; x is float32. [O] float32: w is int8.
+    [O, I / g] float16, g a multiple of UNIT: w is [O, I / 2] uint8, two codes of four bits each, 0 to 15 for -8 to 7.
     isa: one of ISAS, for tests; by default the best that the machine has. threads: by default as many as XLA has, or
     one where the product is small. RuntimeError if there is no kernel. Not differentiable: see `product`.
     """
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(f"there is no CPU kernel: {reason}")
-    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32))
-    return call(x, w, isa=np.int32(BEST if isa is None else ISAS[isa]), threads=np.int32(threads or 0))
+    given = (x, w) if scale is None else (x, w, scale)
+    call = jax.ffi.ffi_call(
+        TARGET if scale is None else CODED, jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32)
+    )
+    return call(*given, isa=np.int32(BEST if isa is None else ISAS[isa]), threads=np.int32(threads or 0))
 
 
 @jax.custom_batching.custom_vmap
-def _rows(x: jax.Array, w: jax.Array) -> jax.Array:
-    return linear(x, w)
+def _rows(x: jax.Array, *w: jax.Array) -> jax.Array:
+    return linear(x, w[0], scale=w[1] if len(w) > 1 else None)
 
 
 @_rows.def_vmap
-def _rows_of_a_batch(size: int, batched: list[bool], x: jax.Array, w: jax.Array) -> tuple[jax.Array, bool]:
+def _rows_of_a_batch(size: int, batched: list[bool], x: jax.Array, *w: jax.Array) -> tuple[jax.Array, bool]:
     """A batch of x is more rows, which change no bits; a batch of w is multiplied one by one."""
-    if not batched[1]:
-        return _rows(x.reshape(-1, x.shape[-1]), w).reshape(size, -1, w.shape[0]), True
-    if batched[0]:
-        return jax.lax.map(lambda pair: _rows(*pair), (x, w)), True
-    return jax.lax.map(lambda one: _rows(x, one), w), True
+    if not any(batched[1:]):
+        return _rows(x.reshape(-1, x.shape[-1]), *w).reshape(size, -1, w[0].shape[0]), True
+    every = [a if many else jnp.broadcast_to(a, (size, *a.shape)) for a, many in zip((x, *w), batched, strict=True)]
+    return jax.lax.map(lambda one: _rows(*one), every), True
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def product(x: jax.Array, w: jax.Array, plain: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-    """`linear` in programs for the CPU, `plain(x, w)` in those for other platforms. Its derivatives are those of plain.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def product(plain: Callable[..., jax.Array], x: jax.Array, *w: jax.Array) -> jax.Array:
+    """`linear` in programs for the CPU, `plain(x, *w)` in those for other platforms, and in all derivatives.
 
     In a program that is jitted for a mesh without `jax.set_mesh`, XLA gathers x and w whole first: it cannot split it.
     """
-    return jax.lax.platform_dependent(x, w, cpu=_rows, default=plain)
+    return jax.lax.platform_dependent(x, *w, cpu=_rows, default=plain)
 
 
 @product.defjvp
 def _tangent(plain, primals, tangents):
-    (x, w), (dx, dw) = primals, tangents
-    return product(x, w, plain), plain(dx, w) + plain(x, dw)
+    x, *w = primals
+    dx, *dw = tangents
+    out = product(plain, *primals), plain(dx, *w)
+    return out if len(w) > 1 else (out[0], out[1] + plain(x, *dw))  # codes do not move
 
 
 def isas() -> tuple[str, ...]:
@@ -92,7 +101,8 @@ def unavailable() -> str | None:
 def _load() -> str | None:
     try:
         handle = ctypes.CDLL(str(build.library()))
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handle.jaxinfer_linear), platform="cpu")
+        for name, handler in ((TARGET, handle.jaxinfer_linear), (CODED, handle.jaxinfer_coded)):
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     except (build.BuildError, OSError, AttributeError) as error:
         reason = " ".join(str(error).split())
         logging.getLogger("jaxinfer").warning(

@@ -1,4 +1,4 @@
-"""What memory there is, and in which dtype a cache lies in it best."""
+"""What memory there is, and in which form caches and codes lie in it best."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def cache_dtype(dtype: str, platform: str | None = None) -> jnp.dtype:
     if platform == "cpu" and dtype == "bfloat16" and jax.__version_info__[:3] < CPU_WRITES_BFLOAT16:
         return jnp.dtype("float32")
     return jnp.dtype(dtype)
+
+
+def packs_int4(platform: str | None = None) -> bool:
+    """Whether codes of four bits are best packed two to a byte: XLA:CPU gives an int4 a byte, GPUs unpack in a copy."""
+    return (platform or jax.default_backend()) == "cpu"
 
 
 def free_memory() -> int | None:

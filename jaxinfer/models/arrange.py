@@ -114,7 +114,9 @@ def inverse(table: np.ndarray) -> np.ndarray:
 def settle(params: Any, words: Any, homes: Any, tables: list[Sources] | None) -> Any:
     """Every array with the indices of its letters taken from the tables, where it is to be."""
     *layers, model = tables or [{}] * (len(params["layers"]) + 1)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, meshes.Parts))
+    if any(isinstance(x, meshes.Parts) for _, x in leaves):
+        raise ValueError("params in codes keep the arrangement they have: load them for this mesh, then quantize")
     rest = zip(structure.flatten_up_to(words), structure.flatten_up_to(homes), strict=True)
     settled = []
     del params  # only `leaves` holds them now, and lets go of each

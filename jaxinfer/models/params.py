@@ -10,26 +10,36 @@ import jax.numpy as jnp
 
 from jaxinfer.config import LayerSpec, ModelConfig, NormSpec
 
+WEIGHTS = {  # what is multiplied with, or looked up in: the letters of its outputs, and of its inputs
+    "q": ("NH", "D"), "k": ("KH", "D"), "v": ("KH", "D"), "o": ("D", "NH"),
+    "up": ("F", "D"), "gate": ("F", "D"), "down": ("D", "F"), "embed": ("V", "D"), "head": ("V", "D"),
+}  # fmt: skip
+
 
 def letters(config: ModelConfig) -> dict[str, Any]:
     """The letters of every array, in a tree congruent with the params."""
     tree: dict[str, Any] = {
-        "embed": "VD",
+        "embed": word("embed"),
         "layers": tuple(layer_letters(spec) for spec in config.layers),
         "norm": norm_letters(config.norm, "D"),
     }
     if config.num_positions:
         tree["positions"] = "SD"
     if not config.tied:
-        tree["head"] = "VD"
+        tree["head"] = word("head")
     return tree
+
+
+def word(name: str) -> str:
+    """The letters of a weight: outputs first, as checkpoints have them."""
+    return "".join(WEIGHTS[name])
 
 
 def layer_letters(spec: LayerSpec) -> dict[str, Any]:
     """The letters of one layer's arrays."""
-    tree: dict[str, Any] = {"q": "NHD", "k": "KHD", "v": "KHD", "o": "DNH", "up": "FD", "down": "DF"}
+    tree: dict[str, Any] = {name: word(name) for name in ("q", "k", "v", "o", "up", "down")}
     if spec.gated:
-        tree["gate"] = "FD"
+        tree["gate"] = word("gate")
     if spec.qkv_bias:
         tree |= {"q_bias": "NH", "k_bias": "KH", "v_bias": "KH"}
     if spec.out_bias:

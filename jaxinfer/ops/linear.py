@@ -6,25 +6,42 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer import kernels, mesh
+from jaxinfer.quantization import Weight
 
 
-def linear(x: jax.Array, w: jax.Array, equation: str, bias: jax.Array | None = None, dtype=None) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array | Weight, equation: str, bias: jax.Array | None = None, dtype=None) -> jax.Array:
     """The product that `equation` names ("BTD,NHD->BTNH"), summed in float32, in `dtype` (that of x unless given).
 
     Weights keep the checkpoint's [out, in] order, and are multiplied as that matrix: seen as [N, H, D] XLA:CPU would
     transpose the whole weight first. It is multiplied by the kernel that `kernels.choice()` names, or else plainly;
-    either way a row has the same bits whatever the number of rows beside it.
+    either way a row has the same bits whatever the number of rows beside it. One in codes multiplies itself.
     """
-    left, right = equation.split("->")[0].split(",")
+    given, out = equation.split("->")
+    left, right = given.split(",")
     outer = sum(letter not in left for letter in right)
-    inner = len(right) - outer
-    matrix = w.reshape(math.prod(w.shape[:outer]), -1)
-    rows = x.reshape(-1, matrix.shape[1])
-    kernel = kernels.choice().product(rows, matrix)
-    y = kernel(rows, matrix, plain) if kernel else plain(rows, matrix)
-    y = y.astype(dtype or x.dtype).reshape(*x.shape[: x.ndim - inner], *w.shape[:outer])
-    y = mesh.constrain(y, equation.split("->")[1])
+    if isinstance(w, Weight):
+        y = coded(x, w, left, right, outer)
+    else:
+        matrix = w.reshape(math.prod(w.shape[:outer]), -1)
+        rows = x.reshape(-1, matrix.shape[1])
+        kernel = kernels.choice().product(rows, matrix)
+        y = kernel(plain, rows, matrix) if kernel else plain(rows, matrix)
+    y = y.astype(dtype or x.dtype).reshape(*x.shape[: x.ndim - len(right) + outer], *w.shape[:outer])
+    y = mesh.constrain(y, out)
     return y if bias is None else y + bias.astype(y.dtype)
+
+
+def coded(x: jax.Array, w: Weight, left: str, right: str, outer: int) -> jax.Array:
+    """The product with a weight in codes: each device of a mesh multiplies with its own part."""
+    inner = right[outer:]
+
+    def local(x: jax.Array, w: Weight) -> jax.Array:
+        y = w.matrix(outer).multiply(x.reshape(-1, math.prod(w.shape[outer:])))
+        for letter in inner:
+            y = mesh.total(y, letter)
+        return y.reshape(*x.shape[: x.ndim - len(inner)], *w.shape[:outer])
+
+    return mesh.shard_map(local, (left, w.letters(right)), left[: len(left) - len(inner)] + right[:outer])(x, w)
 
 
 def plain(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -49,8 +66,10 @@ def dot(x: jax.Array, y: jax.Array, equation: str) -> jax.Array:
     )
 
 
-def embed(table: jax.Array, ids: jax.Array) -> jax.Array:
+def embed(table: jax.Array | Weight, ids: jax.Array) -> jax.Array:
     """Rows of `table` [V, D] for ids [...]: [..., D]. An id outside the table gives NaN, never another id's row."""
+    if isinstance(table, Weight):
+        return table.rows(ids)
     # Held back: XLA:CPU before 0.11.2 would convert a whole bfloat16 table to float32 ahead of a loop.
-    table, ids = jax.lax.optimization_barrier((table, ids))
-    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    held, ids = jax.lax.optimization_barrier((table, ids))
+    return held.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

@@ -50,6 +50,7 @@ from jaxinfer.roofline.sizes import (
     product_params,
     products,
     weight_bytes,
+    weights_of,
 )
 
 __all__ = [
@@ -90,4 +91,5 @@ __all__ = [
     "token_width",
     "visible",
     "weight_bytes",
+    "weights_of",
 ]

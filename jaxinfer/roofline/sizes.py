@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from jaxinfer.config import LayerSpec, ModelConfig, NormSpec
+from jaxinfer.quantization import parse_form
 
 
 def itemsize(dtype) -> float:
@@ -31,12 +32,29 @@ class Packed:
     group: int = 0  # weights of a group; 0: all inputs of an output
     scale_bits: float = 16
     zero_bits: float = 0
-    head: bool = False  # the matrix that makes logits is packed too
+    head: bool | Packed = False  # the matrix that makes logits is packed too, or in another way
+
+    @property
+    def of_head(self) -> Packed | None:
+        """How the matrix that makes logits is packed."""
+        return self.head if isinstance(self.head, Packed) else self if self.head else None
 
     def bytes(self, outputs: int, inputs: int) -> float:
         """Bytes of a matrix [outputs, inputs]; a group that is not full has a scale all the same."""
         groups = -(-inputs // (self.group or inputs))
         return outputs * (inputs * self.bits + groups * (self.scale_bits + self.zero_bits)) / 8
+
+
+def weights_of(form: str | None) -> Packed | None:
+    """What `quantize` makes of weights, by its name ("int8", "int4:group=32"); None for None: as they are.
+
+    Where a group does not divide a weight's inputs that weight has int8, which is not counted here.
+    """
+    if form is None:
+        return None
+    wanted = parse_form(form)
+    int8 = Packed(bits=8, scale_bits=32, head=True)
+    return int8 if wanted.bits == 8 else Packed(bits=4, group=wanted.group, scale_bits=16, head=int8)
 
 
 def params_count(config: ModelConfig) -> int:
@@ -84,17 +102,20 @@ def exact_bytes(config: ModelConfig, dtype=None) -> float:
     if not isinstance(dtype, Packed):
         return params_count(config) * itemsize(dtype or config.dtype)
     matrices = [matrix for spec in config.layers for matrix in products(config, spec)]
-    matrices += [(config.padded_vocab, config.width)] * dtype.head
+    head = (config.padded_vocab, config.width)
     plain = params_count(config) - sum(outputs * inputs for outputs, inputs in matrices)
-    return plain * itemsize(config.dtype) + sum(dtype.bytes(*matrix) for matrix in matrices)
+    total = sum(dtype.bytes(*matrix) for matrix in matrices)
+    if dtype.of_head:
+        plain, total = plain - head[0] * head[1], total + dtype.of_head.bytes(*head)
+    return plain * itemsize(config.dtype) + total
 
 
 def read_bytes(config: ModelConfig, tokens: int, dtype: Any = None) -> float:
     """Bytes of weights that one pass of so many tokens reads: every weight once, but of an embedding that is not also
     the head, and of learned positions, the tokens' own vectors."""
-    packed = isinstance(dtype, Packed) and dtype.head and config.tied  # so is the embedding
+    packed = isinstance(dtype, Packed) and config.tied and dtype.of_head  # so is the embedding
     size = itemsize(config.dtype if isinstance(dtype, Packed) else dtype or config.dtype)
-    vector = dtype.bytes(1, config.width) if packed else config.width * size
+    vector = packed.bytes(1, config.width) if packed else config.width * size
     unread = (0 if config.tied else config.padded_vocab) + config.num_positions
     positions = tokens * bool(config.num_positions)
     return exact_bytes(config, dtype) + (positions - unread) * config.width * size + tokens * vector
@@ -106,5 +127,5 @@ def multiplied_bytes(config: ModelConfig, dtype=None) -> float:
     head = (config.padded_vocab, config.width)
     if not isinstance(dtype, Packed):
         return sum(outputs * inputs for outputs, inputs in (*layers, head)) * itemsize(dtype or config.dtype)
-    last = dtype.bytes(*head) if dtype.head else head[0] * head[1] * itemsize(config.dtype)
+    last = dtype.of_head.bytes(*head) if dtype.of_head else head[0] * head[1] * itemsize(config.dtype)
     return sum(dtype.bytes(*matrix) for matrix in layers) + last

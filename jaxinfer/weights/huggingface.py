@@ -14,6 +14,7 @@ from jaxinfer import hub, models
 from jaxinfer import mesh as meshes
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.names import Names, Tensor, set_leaf, tensors
+from jaxinfer.quantization import parse_form
 from jaxinfer.weights.safetensors import Checkpoint, read_json
 from jaxinfer.weights.shards import check_memory, read_arrays, slots
 
@@ -22,12 +23,13 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 
 def load(
-    name: str | os.PathLike[str], dtype=None, *, mesh: jax.sharding.Mesh | None = None
+    name: str | os.PathLike[str], dtype=None, *, quantize: str | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[dict[str, Any], ModelConfig]:
     """The params and config of "builtin", a directory, or a hub id ("owner/name", fetched with huggingface_hub).
 
     A directory is Hugging Face's, or a sharded checkpoint that `save` wrote, on whatever mesh that was.
     dtype: what the weights are converted to, block by block; by default the dtype that they are stored in.
+    quantize: "int8" or "int4:group=32", what weights become as they are read (`models.quantize`).
     mesh: where the arrays go, the ambient mesh unless given; without either, the default device. On a mesh both are
     arranged for it (`models.arrange`), and this process reads what its own devices hold of the weights, each byte once.
     Host memory holds a block of 16 MB beside the arrays, and what one tensor sends to devices with their own memory.
@@ -40,13 +42,14 @@ def load(
 
     directory = hub.locate(os.fspath(name))
     if orbax.holds(directory):
-        return orbax.restore(directory, dtype, mesh)
-    params, config, _ = read_model(directory, dtype, mesh)
+        params, config = orbax.restore(directory, dtype, mesh)
+        return (params if quantize is None else models.quantize(params, quantize, mesh)), config
+    params, config, _ = read_model(directory, dtype, mesh, quantize)
     return params, config
 
 
 def read_model(
-    directory: pathlib.Path, dtype=None, mesh: jax.sharding.Mesh | None = None
+    directory: pathlib.Path, dtype=None, mesh: jax.sharding.Mesh | None = None, quantize: str | None = None
 ) -> tuple[dict[str, Any], ModelConfig, int]:
     """What `load` gives for a Hugging Face directory, and how many bytes of its tensors were read."""
     raw = read_json(directory / "config.json")
@@ -62,12 +65,17 @@ def read_model(
     mesh = mesh if mesh is not None else meshes.concrete()
     if mesh is not None:
         config = models.arrange_config(config, mesh)
-    check_memory(config, mesh)
+    check_memory(config, mesh, quantize)
     places = slots(config, mesh)
     tree: dict[str, Any] = {}
+    form = parse_form(quantize) if quantize else None
+
+    def made(path: Any, array: jax.Array) -> Any:
+        return models.quantize_one(path[-1], array, form, config.tied, mesh) if form else array
+
     for tensor, stored in found:
         for path, array in read_arrays(checkpoint, stored, tensor, places):
-            set_leaf(tree, path, array)
+            set_leaf(tree, path, made(path, array))
     tree["layers"] = tuple(tree["layers"][index] for index in range(len(config.layers)))
     return tree, config, checkpoint.bytes_read
 

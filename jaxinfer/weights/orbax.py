@@ -73,6 +73,8 @@ def save(directory: str | os.PathLike[str], params: Any, config: ModelConfig, to
     directory that holds something else, files that cannot be read, and params that do not fit the config.
     """
     library()
+    if any(isinstance(x, meshes.Parts) for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, meshes.Parts))):
+        raise ValueError("params in codes are not saved: save them as loaded, and load them with quantize=")
     params, config = models.canonical(params, config)
     check_params(params, config)
     write(directory, params, config, tokenizer)

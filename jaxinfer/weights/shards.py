@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxinfer import kernels
 from jaxinfer import mesh as meshes
 from jaxinfer.config import ModelConfig
-from jaxinfer.models import letters, param_shapes
+from jaxinfer.models import letters, param_shapes, quantize
 from jaxinfer.models.arrange import Sources, sources
 from jaxinfer.models.names import Part, Path, Tensor
 from jaxinfer.weights.safetensors import Checkpoint, aligned_empty
@@ -94,9 +94,12 @@ def slots(config: ModelConfig, mesh: Mesh | None) -> dict[Path, Slot]:
     return found
 
 
-def check_memory(config: ModelConfig, mesh: Mesh | None) -> None:
+def check_memory(config: ModelConfig, mesh: Mesh | None, form: str | None = None) -> None:
     """Refuses weights of a config, arranged for the mesh, that this process's free memory cannot hold."""
-    needed, free = meshes.local_bytes(param_shapes(config), letters(config), mesh), kernels.free_memory()
+    shapes = param_shapes(config)
+    if form is not None:
+        shapes = jax.eval_shape(lambda params: quantize(params, form, mesh), shapes)
+    needed, free = meshes.local_bytes(shapes, letters(config), mesh), kernels.free_memory()
     if free is not None and needed > free:
         raise ValueError(
             f"the weights need {needed / 1e9:.2f} GB of this process's memory, {free / 1e9:.2f} GB are free: "

@@ -130,10 +130,13 @@ def test_a_kind_says_the_same_to_a_row_alone_and_in_any_batch_mesh_and_draft(
     )
 
 
-KINDS = [*((kind, "") for kind in LOSSLESS), *((layout, n) for layout in TABLE for n in TABLE[layout])]
-PRODUCT = [  # of kinds, families and meshes, plainly and with a draft of four tokens
-    (*kind, *case) for kind, case in itertools.product(KINDS, cases((4,), (*FAMILIES, *WINDOWED)))
-    if case[2] in ("", "ngram") and not (case[0] in ALL_LOCAL and kind[0].startswith(("paged", "h2o", "snapkv")))
+PRODUCT = [  # of kinds and meshes, plainly and with a draft of four tokens: where nothing is lost, with every family
+    (*kind, *case) for kinds, families in (
+        ([(kind, "") for kind in LOSSLESS], (*FAMILIES, *(name for name in tiny_models.CASES if name not in FAMILIES))),
+        ([(layout, numbers) for layout in TABLE for numbers in TABLE[layout]], ("llama", "gemma2")),
+    )
+    for kind, case in itertools.product(kinds, cases((4,), families))
+    if case[2] in ("", "ngram") and not (case[0] in ALL_LOCAL and kind[0].startswith("paged"))
 ]  # fmt: skip
 
 

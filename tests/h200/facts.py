@@ -2,6 +2,7 @@
 
     PYTHONPATH=. ~/.cache/h200-compile/bin/python tests/h200/facts.py --out benchmarks/h200/decode_compile.json
     ... tests/h200/facts.py --model llama-3-70b --mesh tensor=8 --out benchmarks/h200/llama-3-70b_tensor8.json
+    ... tests/h200/facts.py --weights int8 --out benchmarks/h200/weights_int8.json
     ... tests/h200/facts.py --draft model --out benchmarks/h200/speculate_model.json
 
 Runs in the environment that setup.sh makes, with the repository on the path; compiles, and runs nothing.
@@ -19,7 +20,7 @@ from typing import Any
 
 import jax
 
-from jaxinfer import mesh, models, program, roofline
+from jaxinfer import kernels, mesh, models, program, roofline
 from jaxinfer.cache import init_cache
 from jaxinfer.config import LayerSpec, ModelConfig, RopeSpec
 from jaxinfer.decoding import Decoder, State, decode_step
@@ -68,14 +69,27 @@ def on_one(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
         "hardware": "NVIDIA H200, compiled without one",
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "command": f"python tests/h200/facts.py --model {args.model}" + " --keep-cache" * args.keep_cache,
+        "command": f"python tests/h200/facts.py --model {args.model}"
+        + " --keep-cache" * args.keep_cache
+        + (f" --weights {args.weights}" if args.weights else ""),
+        "weights": args.weights,
         "params": roofline.params_count(config),
         "programs": [
-            describe("generate", config, 1, args.keep_cache),
-            describe("generate", config, 8, args.keep_cache),
-            describe("decode_step", config, 2, args.keep_cache),
+            describe("generate", config, 1, args.keep_cache, args.weights),
+            describe("generate", config, 8, args.keep_cache, args.weights),
+            describe("decode_step", config, 2, args.keep_cache, args.weights),
         ],
     }
+
+
+def shapes_of(config: ModelConfig, form: str | None) -> Any:
+    """The params, in codes as a GPU has them where a form is named."""
+    kernels.packs_int4 = lambda platform=None: False
+    return (
+        jax.eval_shape(lambda params: models.quantize(params, form), param_shapes(config))
+        if form
+        else param_shapes(config)
+    )
 
 
 def speculating(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
@@ -229,24 +243,25 @@ def llama(D: int, F: int, N: int, K: int, H: int, L: int, V: int) -> ModelConfig
     return ModelConfig(vocab_size=V, width=D, layers=(layer,) * L, dtype="bfloat16", stop_ids=(2,))
 
 
-def describe(kind: str, config: ModelConfig, rows: int, keep_cache: bool) -> dict[str, Any]:
+def describe(kind: str, config: ModelConfig, rows: int, keep_cache: bool, form: str | None = None) -> dict[str, Any]:
     """What one program would do."""
     began = time.perf_counter()
-    compiled = build(kind, config, rows, keep_cache)
+    compiled = build(kind, config, rows, keep_cache, form)
     seconds = time.perf_counter() - began
     half = config.replace(layers=config.layers[: len(config.layers) // 2])
-    fewer = build(kind, half, rows, keep_cache)
+    fewer = build(kind, half, rows, keep_cache, form)
     cache_bytes = roofline.cache_bytes(config, rows, SIZE)
     memory = program.temporaries(compiled)
     weights = jax.tree.leaves(param_shapes(config))
     cache = jax.tree.leaves(jax.eval_shape(lambda: init_cache(config, rows, SIZE, dtype=config.dtype)).layers)
+    weights += [leaf for leaf in jax.tree.leaves(shapes_of(config, form)) if form and leaf.size > 1 << 20]
     matrices = {leaf.shape for leaf in weights if len(leaf.shape) > 1} | {leaf.shape for leaf in cache}
-    moved, limit = per_step(compiled), roofline.decode_bytes(config, rows, SIZE)
+    moved, limit = per_step(compiled), roofline.decode_bytes(config, rows, SIZE, roofline.weights_of(form))
     return {
         "program": kind,
         "rows": rows,
         "compile_seconds": round(seconds, 1),
-        "weight_bytes": roofline.weight_bytes(config),
+        "weight_bytes": roofline.weight_bytes(config, roofline.weights_of(form)),
         "cache_bytes": cache_bytes,
         "memory": memory,
         "copies_of_weights_or_cache": [str(copy) for copy in program.copies(compiled, matrices)],
@@ -262,9 +277,9 @@ def describe(kind: str, config: ModelConfig, rows: int, keep_cache: bool) -> dic
     }
 
 
-def build(kind: str, config: ModelConfig, rows: int, keep_cache: bool) -> jax.stages.Compiled:
+def build(kind: str, config: ModelConfig, rows: int, keep_cache: bool, form: str | None = None) -> jax.stages.Compiled:
     """Compiles the loop, or one step, for rows whose caches hold SIZE tokens; keep_cache: as if it were not donated."""
-    params = param_shapes(config)
+    params = shapes_of(config, form)
     cache = jax.eval_shape(lambda: init_cache(config, rows, SIZE, dtype=config.dtype))
     ids = jax.ShapeDtypeStruct((rows,), "int32")
     if kind == "decode_step":
@@ -296,6 +311,7 @@ def decode_loop(compiled: jax.stages.Compiled) -> program.Loop | None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default="llama-3-8b")
+    parser.add_argument("--weights", help="quantized so: int8, or int4:group=32")
     parser.add_argument("--cache", help="instead: the decode loop over this kind of cache")
     parser.add_argument("--out", type=pathlib.Path, help="write the facts to this file too")
     parser.add_argument("--keep-cache", action="store_true", help="plant a mistake: the cache is not donated")

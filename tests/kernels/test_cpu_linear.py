@@ -10,6 +10,7 @@ import pytest
 from jaxinfer import kernels, ops, program
 from jaxinfer.kernels import KernelChoice, cpu
 from jaxinfer.ops.linear import plain
+from jaxinfer.quantization import Int4, Int8
 
 pytestmark = pytest.mark.usefixtures("kernels_are_built")
 
@@ -106,6 +107,79 @@ def test_what_it_cannot_multiply_is_refused():
         cpu.linear(jnp.ones((2, 3)), jnp.ones((4, 3), jnp.bfloat16))
     with pytest.raises(Exception, match=r"x \[M, I\] and w \[O, I\]"):
         cpu.linear(jnp.ones((2, 3)), jnp.ones((4, 5)))
+
+
+# --- weights in codes ----------------------------------------------------------------------------------------------
+
+FORMS = pytest.mark.parametrize("form", ["int8", "int4:32", "int4:64", "int4:96"])
+CODED_SHAPES = [  # M, I, O; I is of whole groups
+    (1, 192, 1), (1, 576, 7), (2, 192, 130), (3, 768, 5), (4, 1152, 8), (9, 192, 31), (23, 960, 4), (24, 1152, 9),
+    (33, 576, 70), (300, 768, 21),
+]  # fmt: skip
+
+
+def in_codes(w, form):
+    name, _, group = form.partition(":")
+    return Int8.of(w, 1) if name == "int8" else Int4.of(w, int(group), packed=True)
+
+
+def coded(x, leaf, isa=None, threads=None):
+    return cpu.linear(x, leaf.codes, isa, threads, scale=leaf.scale)
+
+
+@FORMS
+@EVERY_ISA
+@pytest.mark.parametrize("shape", CODED_SHAPES, ids=str)
+def test_codes_are_multiplied_as_what_they_stand_for(shape, form, isa):
+    x, w = arrays(shape, jnp.float32)
+    leaf = in_codes(w, form)
+    truth, size = exact(x, leaf.decode())
+    assert (np.abs(coded(x, leaf, isa) - truth) <= 1e-6 * size).all()
+    assert (np.abs(leaf.plain(x, *leaf.arrays) - truth) <= 2e-6 * size).all()
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("inner", [1, 3, 17, 31, 33, 100, 515, 1025])
+def test_int8_may_have_any_number_of_inputs(inner, isa):
+    x, w = arrays((5, inner, 9), jnp.float32)
+    leaf = in_codes(w, "int8")
+    truth, size = exact(x, leaf.decode())
+    assert (np.abs(coded(x, leaf, isa) - truth) <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("form", ["int8", "int4:64"])
+@EVERY_ISA
+def test_a_row_times_codes_has_the_same_bits_in_any_company_and_on_any_threads(form, isa):
+    x, w = arrays((512, 1152, 43), jnp.float32)
+    leaf = in_codes(w, form)
+    whole = np.asarray(coded(x, leaf, isa, 1))
+    for threads in (None, 2, 7):
+        np.testing.assert_array_equal(coded(x, leaf, isa, threads), whole)
+    for rows in (1, 2, 5, 8, 23, 24, 33, 200):
+        got = coded(x[-rows:], leaf, isa)
+        np.testing.assert_array_equal(got, whole[-rows:])
+
+
+@EVERY_ISA
+def test_scales_of_any_float16_are_read_rightly(isa):
+    halves = np.array([0, 1, 2, 1023, 1024, 1025, 0x7BFF, 0x8001, 0x8400, 0xBC00, 0xFBFF, 0x3555, 0x0200], np.uint16)
+    scale = halves.view(np.float16)[None]
+    codes = jnp.full((1, 16 * len(halves)), 0x99, jnp.uint8)  # every code is 9: one times the scale
+    x = jnp.eye(len(halves)).repeat(32, 1) / 32
+    np.testing.assert_array_equal(
+        cpu.linear(x, codes, isa, scale=jnp.asarray(scale))[:, 0], scale[0].astype(np.float32)
+    )
+
+
+def test_codes_that_it_cannot_multiply_are_refused():
+    x, int8, int4 = jnp.ones((2, 64)), jnp.ones((4, 64), jnp.int8), jnp.ones((4, 32), jnp.uint8)
+    half = jnp.ones((4, 2), jnp.float16)
+    for codes, scale in ((int8, half), (int4, jnp.ones(4)), (jnp.ones((4, 64)), jnp.ones(4))):
+        with pytest.raises(Exception, match="int8 with float32 scales, or uint8 with float16"):
+            cpu.linear(x, codes, scale=scale)
+    for codes, scale in ((int8, jnp.ones(3)), (int4, half[:3]), (int4, jnp.ones((4, 4), jnp.float16))):
+        with pytest.raises(Exception, match=r"w \[O, I\] and scale \[O\]"):
+            cpu.linear(x, codes, scale=scale)
 
 
 # --- a row's bits are its own --------------------------------------------------------------------------------------

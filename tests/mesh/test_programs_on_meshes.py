@@ -16,6 +16,7 @@ from jaxinfer.decoding.generate import run
 from jaxinfer.sampling import choose, process
 from jaxinfer.testing import collectives_of, device_bytes, tiny_config
 
+pytestmark = pytest.mark.usefixtures("compiled_to_be_read")
 ROWS = 4
 SPLIT = ("tensor=2", "tensor=8", "data=2,tensor=4", "seq=4", "seq=2,tensor=2")
 GREEDY, FILTERED = jaxinfer.Sampling(temperature=0.0), jaxinfer.Sampling(temperature=0.8, top_k=40, top_p=0.9)

@@ -13,6 +13,7 @@ from jaxinfer.config import NormSpec
 from jaxinfer.mesh import make_mesh, shard
 from jaxinfer.testing.tiny import tiny_model
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 B, T = 2, 7
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 101, (B, T)))  # of the tokens after the features
 

@@ -9,6 +9,8 @@ import jaxinfer
 from jaxinfer import models
 from jaxinfer.testing import tiny_config, tiny_params
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def test_the_widened_builtin_model_says_what_the_builtin_model_says():
     params, config = jaxinfer.load("builtin", jnp.float32)

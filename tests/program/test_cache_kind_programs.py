@@ -1,10 +1,12 @@
 """What the compiled loops do with each kind of cache: it is updated in place, never held twice, never gathered."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from compiling import quickly
 
 from jaxinfer import cache as caches
 from jaxinfer import program
@@ -14,6 +16,7 @@ from jaxinfer.models import param_shapes
 from jaxinfer.sampling import Sampling
 from jaxinfer.testing import tiny_config
 
+pytestmark = pytest.mark.usefixtures("compiled_to_be_read")
 ROWS, SIZE = 3, 4096
 PLAIN = tiny_config(num_layers=2, vocab_size=509, width=64, ffn_width=96, num_heads=6, num_kv_heads=3, head_width=64)
 LOCAL = PLAIN.replace(layers=(PLAIN.layers[0].replace(window=1024), PLAIN.layers[1]))
@@ -24,7 +27,7 @@ KINDS = (
 
 
 @functools.cache
-def loop(kind):
+def loop(kind, hurried=True):
     """The compiled loop of `generate`, and the cache that it carries."""
     config = LOCAL if kind == "auto" else PLAIN
     cache = jax.eval_shape(lambda: caches.init_cache(config, ROWS, SIZE, kind))
@@ -60,3 +63,14 @@ def test_what_is_read_is_never_made_whole(kind):
     whole = {(ROWS, 3, SIZE, 64), (ROWS, 3, SIZE // 32, 32, 64), (ROWS, SIZE // 16, 3, 16, 64)}
     assert not program.writes(compiled, whole - {leaf.shape for leaf in jax.tree.leaves(cache.layers)})
     assert not program.copies(compiled, whole)
+
+
+def test_a_program_that_is_compiled_to_be_read_is_the_one_that_users_run():
+    read, _ = loop("paged+int8")
+    jax.clear_caches()
+    with quickly(False):
+        usual, _ = loop("paged+int8", hurried=False)
+    # but for the lines of the source, which differ with who asked
+    texts = [re.sub(r", metadata={[^}]*}", "", one.as_text().partition("\n%")[2]) for one in (read, usual)]
+    assert read is not usual and texts[0] == texts[1]
+    assert program.temporaries(read) == program.temporaries(usual)

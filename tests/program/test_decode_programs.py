@@ -17,6 +17,7 @@ from jaxinfer.models import param_shapes
 from jaxinfer.sampling import Sampling
 from jaxinfer.testing import tiny_config
 
+pytestmark = pytest.mark.usefixtures("compiled_to_be_read")
 SIZE = 4096
 CONFIG = tiny_config(
     num_layers=2, vocab_size=1009, width=352, ffn_width=832, num_heads=6, num_kv_heads=3, head_width=64

@@ -19,6 +19,7 @@ from jaxinfer.speculation.loop import run
 from jaxinfer.speculation.plan import Plan
 from jaxinfer.testing import tiny_config
 
+pytestmark = pytest.mark.usefixtures("compiled_to_be_read")
 SIZE, ROWS = 4096, 2
 CONFIG = tiny_config(
     num_layers=2, vocab_size=1009, width=352, ffn_width=832, num_heads=6, num_kv_heads=3, head_width=64

@@ -13,6 +13,7 @@ from jaxinfer.cache import init_cache
 from jaxinfer.testing.tiny import tiny_config
 from jaxinfer.training import distill
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 CONFIG = tiny_config(num_layers=1)
 SMALL = tiny_config(num_layers=1, width=20)
 HEAD = models.head_config(CONFIG)

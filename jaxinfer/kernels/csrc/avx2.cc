@@ -30,6 +30,20 @@ struct Float : Base {
   }
 };
 
+struct Coded : Float {
+  static X codes(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  }
+  static X nibbles(const uint8_t* p, int shift) {
+    __m256i code = _mm256_srlv_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_set1_epi32(shift));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(code, _mm256_set1_epi32(15)), _mm256_set1_epi32(8)));
+  }
+  static X scaled(X x, float scale) { return _mm256_mul_ps(x, _mm256_set1_ps(scale)); }
+  static void halves(const uint16_t* from, float* to, int64_t n) {
+    for (int64_t i = 0; i < n; i++) to[i] = from_half(from[i]);
+  }
+};
+
 struct Half : Base {
   using Elem = uint16_t;
   static X widened(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
@@ -43,6 +57,8 @@ struct Half : Base {
 
 }  // namespace
 
-const Kernel avx2_f32 = Linear<Float>::kernel();
-const Kernel avx2_bf16 = Linear<Half>::kernel();
+const Kernel avx2_f32 = Linear<Same<Float>>::kernel();
+const Kernel avx2_bf16 = Linear<Same<Half>>::kernel();
+const Kernel avx2_int8 = Linear<Int8<Coded>>::kernel();
+const Kernel avx2_int4 = Linear<Int4<Coded>>::kernel();
 #endif

@@ -16,5 +16,5 @@ struct Half : Lanes {
 
 }  // namespace
 
-const Kernel avx512bf16_bf16 = Linear<Half>::kernel();
+const Kernel avx512bf16_bf16 = Linear<Same<Half>>::kernel();
 #endif

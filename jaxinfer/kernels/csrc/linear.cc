@@ -38,13 +38,20 @@ int32_t best_isa() {
 #endif
 }
 
-const Kernel& choose(int32_t isa, bool bf16) {
+// What w is kept in.
+enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+constexpr int64_t BITS[] = {32, 16, 8, 4};
+
+const Kernel& choose(int32_t isa, Form form) {
 #if defined(__x86_64__)
-  if (isa == AVX512BF16 && bf16) return avx512bf16_bf16;
-  if (isa >= AVX512) return bf16 ? avx512_bf16 : avx512_f32;
-  if (isa == AVX2) return bf16 ? avx2_bf16 : avx2_f32;
+  static const Kernel* const avx512[] = {&avx512_f32, &avx512_bf16, &avx512_int8, &avx512_int4};
+  static const Kernel* const avx2[] = {&avx2_f32, &avx2_bf16, &avx2_int8, &avx2_int4};
+  if (isa == AVX512BF16 && form == BF16) return avx512bf16_bf16;
+  if (isa >= AVX512) return *avx512[form];
+  if (isa == AVX2) return *avx2[form];
 #endif
-  return bf16 ? portable_bf16 : portable_f32;
+  static const Kernel* const portable[] = {&portable_f32, &portable_bf16, &portable_int8, &portable_int4};
+  return *portable[form];
 }
 
 // XLA's threads do not all round and flush alike, and bits must not depend on who works them out: IEEE, in every one.
@@ -115,16 +122,8 @@ struct Job {
 };
 
 // isa: -1 for the best. threads: 0 for as many as the pool has, or 1 where that is faster.
-ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y, int32_t isa,
-                  int32_t threads) {
-  auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
-  bool bf16 = w.element_type() == ffi::BF16;
-  if ((!bf16 && w.element_type() != ffi::F32) || x.element_type() != w.element_type())
-    return ffi::Error::InvalidArgument("linear multiplies two float32 or two bfloat16 arrays");
-  if (xs.size() != 2 || ws.size() != 2 || ys.size() != 2 || xs[1] != ws[1] || ys[0] != xs[0] || ys[1] != ws[0])
-    return ffi::Error::InvalidArgument("linear takes x [M, I] and w [O, I], and gives y [M, O]");
+ffi::Error multiply(ffi::ThreadPool& pool, const Product& p, Form form, int32_t isa, int32_t threads) {
   if (isa > best_isa()) return ffi::Error::InvalidArgument("this machine has no such instruction set");
-  Product p{x.untyped_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0]};
   if (!p.rows || !p.outer) return ffi::Error::Success();
   if (!p.inner) {
     for (int64_t i = 0; i < p.rows * p.outer; i++) p.y[i] = 0;
@@ -133,8 +132,8 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
 
   auto job = std::make_shared<Job>();
   job->product = p;
-  job->kernel = &choose(isa < 0 ? best_isa() : isa, bf16);
-  int64_t row_bytes = p.inner * (bf16 ? 2 : 4);
+  job->kernel = &choose(isa < 0 ? best_isa() : isa, form);
+  int64_t row_bytes = (p.inner * BITS[form] + 7) / 8;
   bool small = p.outer * row_bytes < SMALL_BYTES && p.rows * p.outer * p.inner < SMALL_WORK;
   int64_t most = threads > 0 ? threads : small ? 1 : pool.num_threads();
   // Few rows: blocks of about 256 KiB of w. Many: as large as leaves eight a thread, for each block makes x ready anew.
@@ -151,6 +150,35 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   return ffi::Error::Success();
 }
 
+ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y, int32_t isa,
+                  int32_t threads) {
+  auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
+  bool bf16 = w.element_type() == ffi::BF16;
+  if ((!bf16 && w.element_type() != ffi::F32) || x.element_type() != w.element_type())
+    return ffi::Error::InvalidArgument("linear multiplies two float32 or two bfloat16 arrays");
+  if (xs.size() != 2 || ws.size() != 2 || ys.size() != 2 || xs[1] != ws[1] || ys[0] != xs[0] || ys[1] != ws[0])
+    return ffi::Error::InvalidArgument("linear takes x [M, I] and w [O, I], and gives y [M, O]");
+  Product p{x.untyped_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0]};
+  return multiply(pool, p, bf16 ? BF16 : F32, isa, threads);
+}
+
+ffi::Error coded(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::AnyBuffer scale,
+                 ffi::ResultBuffer<ffi::F32> y, int32_t isa, int32_t threads) {
+  auto xs = x.dimensions(), ws = w.dimensions(), ss = scale.dimensions(), ys = y->dimensions();
+  bool int8 = w.element_type() == ffi::S8;
+  bool known = int8 ? scale.element_type() == ffi::F32
+                    : w.element_type() == ffi::U8 && scale.element_type() == ffi::F16;
+  if (!known) return ffi::Error::InvalidArgument("codes are int8 with float32 scales, or uint8 with float16 scales");
+  bool fits = xs.size() == 2 && ws.size() == 2 && ys.size() == 2 && ss.size() == (int8 ? 1 : 2) && ss[0] == ws[0] &&
+              xs[1] == ws[1] * (int8 ? 1 : 2) && ys[0] == xs[0] && ys[1] == ws[0];
+  int64_t group = !fits || int8 || !ss[1] ? 0 : xs[1] / ss[1];
+  if (!fits || (!int8 && xs[1] && (group % UNIT || group * ss[1] != xs[1])))
+    return ffi::Error::InvalidArgument(
+        "codes take x [M, I], w [O, I] and scale [O]; or w [O, I / 2] and scale [O, I / g], g a multiple of 32");
+  Product p{x.untyped_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0], scale.untyped_data(), group};
+  return multiply(pool, p, int8 ? INT8 : INT4, isa, threads);
+}
+
 }  // namespace
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
@@ -161,6 +189,18 @@ EXPORTED XLA_FFI_Error* jaxinfer_linear(XLA_FFI_CallFrame*);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_linear, linear,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int32_t>("isa")
+                                  .Attr<int32_t>("threads"));
+
+EXPORTED XLA_FFI_Error* jaxinfer_coded(XLA_FFI_CallFrame*);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_coded, coded,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()

@@ -10,9 +10,11 @@
 
 struct Product {
   const void* x;  // [rows, inner]
-  const void* w;  // [outer, inner]
+  const void* w;  // [outer, inner]; of four bits [outer, inner / 2], see UNIT
   float* y;       // [rows, outer]
   int64_t rows, inner, outer;
+  const void* scale = nullptr;  // of int8 [outer] float32; of four bits [outer, inner / group] float16
+  int64_t group = 0;            // a multiple of UNIT
 };
 
 // How one instruction set multiplies one dtype. Every thread prepares a scratch of its own (64-byte aligned), then
@@ -24,10 +26,11 @@ struct Kernel {
 };
 
 constexpr int COLUMNS = 4;  // rows of w that are multiplied together
+constexpr int UNIT = 32;    // codes of four bits lie together: the first half in the low bits of 16 bytes
 
-extern const Kernel portable_f32, portable_bf16;
+extern const Kernel portable_f32, portable_bf16, portable_int8, portable_int4;
 #if defined(__x86_64__)
-extern const Kernel avx2_f32, avx2_bf16;
-extern const Kernel avx512_f32, avx512_bf16;
+extern const Kernel avx2_f32, avx2_bf16, avx2_int8, avx2_int4;
+extern const Kernel avx512_f32, avx512_bf16, avx512_int8, avx512_int4;
 extern const Kernel avx512bf16_bf16;
 #endif

@@ -35,6 +35,18 @@ struct Float : Base {
   }
 };
 
+struct Coded : Float {
+  static X codes(const int8_t* p) { return X{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+  static X nibbles(const uint8_t* p, int shift) {
+    auto one = [shift](uint8_t byte) { return float(int(byte >> shift & 15) - 8); };
+    return X{one(p[0]), one(p[1]), one(p[2]), one(p[3])};
+  }
+  static X scaled(X x, float scale) { return x * X{scale, scale, scale, scale}; }
+  static void halves(const uint16_t* from, float* to, int64_t n) {
+    for (int64_t i = 0; i < n; i++) to[i] = from_half(from[i]);
+  }
+};
+
 struct Half : Base {
   using Elem = uint16_t;
   static X load(const uint16_t* p) { return X{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
@@ -47,5 +59,7 @@ struct Half : Base {
 
 }  // namespace
 
-const Kernel portable_f32 = Linear<Float>::kernel();
-const Kernel portable_bf16 = Linear<Half>::kernel();
+const Kernel portable_f32 = Linear<Same<Float>>::kernel();
+const Kernel portable_bf16 = Linear<Same<Half>>::kernel();
+const Kernel portable_int8 = Linear<Int8<Coded>>::kernel();
+const Kernel portable_int4 = Linear<Int4<Coded>>::kernel();

@@ -1,8 +1,10 @@
 // The product over any vector type. Included by one file per instruction set, each compiled with its own flags: all is
 // in an anonymous namespace and uses no inline function of a library, so that no linker can mix them up.
 //
-// A Type says: Elem, an element in memory; X, WIDTH of them ready to be multiplied; V, the sums of LANES; ROWS, how
-// many rows of x fit the registers; load, load_part (the rest are zeros), zero, step, sum4.
+// A Type says: Elem, an element of x in memory; X, WIDTH of them ready to be multiplied; V, the sums of LANES; ROWS, how
+// many rows of x fit the registers; load, load_part (the rest are zeros), zero, step, sum4. And of w: Row, part of one
+// from some element on; weight, weight_part, WIDTH of its elements ready to be multiplied; BYTES, how far those lie
+// apart; SCALED, whether a sum is to be multiplied by its row's scale. Same and Coded say this for a Type without.
 #pragma once
 
 #include "linear.h"
@@ -26,10 +28,88 @@ inline int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / 
 #endif
 #define EACH(i, n) UNROLL for (int i = 0; i < (n); i++)
 
+// w is as x is.
+template <class T>
+struct Same : T {
+  using Row = const typename T::Elem*;
+  static constexpr int64_t BYTES = T::WIDTH * sizeof(typename T::Elem);
+  static constexpr bool SCALED = false;
+  static Row row(const Product& p, int64_t o, int64_t start) { return (Row)p.w + o * p.inner + start; }
+  static const char* start(const Product& p, int64_t o, int64_t start) { return (const char*)row(p, o, start); }
+  static typename T::X weight(Row row, int64_t s) { return T::load(row + s * T::WIDTH); }
+  static typename T::X weight_part(Row row, int64_t s, int n) { return T::load_part(row + s * T::WIDTH, n); }
+};
+
+// w is int8, x float32; T::codes(const int8_t*) widens.
+template <class T>
+struct Int8 : T {
+  using Row = const int8_t*;
+  static constexpr int64_t BYTES = T::WIDTH;
+  static constexpr bool SCALED = true;
+  static Row row(const Product& p, int64_t o, int64_t start) { return (Row)p.w + o * p.inner + start; }
+  static const char* start(const Product& p, int64_t o, int64_t start) { return (const char*)row(p, o, start); }
+  static typename T::X weight(Row row, int64_t s) { return T::codes(row + s * T::WIDTH); }
+  static typename T::X weight_part(Row row, int64_t s, int n) {
+    int8_t part[T::WIDTH] = {};
+    for (int i = 0; i < n; i++) part[i] = row[s * T::WIDTH + i];
+    return T::codes(part);
+  }
+};
+
+inline float from_half(uint16_t half) {
+  union {
+    uint32_t bits;
+    float value;
+  } u = {uint32_t(half & 0x7fff) << 13}, scale = {uint32_t(239) << 23};  // 2^112, between the two biases
+  u.value *= scale.value;
+  u.bits |= uint32_t(half & 0x8000) << 16;
+  return u.value;
+}
+
+// w is four bits a number, 0 to 15 for -8 to 7, times the scale of its group; x is float32. T::unit(const uint8_t*, scale)
+// makes numbers of a whole unit, where WIDTH is one; elsewhere T::nibbles(const uint8_t*, shift) widens WIDTH of them,
+// less 8, and T::scaled multiplies. No element is left over: rows are units.
+template <class T>
+struct Int4 : T {
+  struct Row {
+    const uint8_t* codes;
+    float scale[CHUNK_BYTES / sizeof(float) / UNIT];  // of each unit of a chunk
+  };
+  static constexpr int64_t BYTES = T::WIDTH / 2;
+  static constexpr bool SCALED = false;
+  static const char* start(const Product& p, int64_t o, int64_t start) {
+    return (const char*)p.w + (o * p.inner + start) / 2;
+  }
+  static Row row(const Product& p, int64_t o, int64_t start) {
+    Row row{(const uint8_t*)Int4::start(p, o, start), {}};
+    int64_t units = least(parts(p.inner - start, UNIT), CHUNK_BYTES / sizeof(float) / UNIT);
+    int64_t first = start / UNIT, each = p.group / UNIT;
+    const uint16_t* scale = (const uint16_t*)p.scale + o * (p.inner / p.group);
+    if (each == 1) {
+      T::halves(scale + first, row.scale, units);
+    } else {
+      for (int64_t u = 0; u < units; u++) row.scale[u] = from_half(scale[(first + u) / each]);
+    }
+    return row;
+  }
+  static typename T::X weight(const Row& row, int64_t s) {
+    if constexpr (T::WIDTH == UNIT) {
+      return T::unit(row.codes + s * (UNIT / 2), row.scale[s]);
+    } else {
+      constexpr uint64_t HALF = UNIT / 2 / T::WIDTH;  // steps
+      uint64_t unit = uint64_t(s) / (2 * HALF), place = uint64_t(s) % (2 * HALF);
+      const uint8_t* bytes = row.codes + unit * (UNIT / 2) + place % HALF * T::WIDTH;
+      return T::scaled(T::nibbles(bytes, int(place / HALF) * 4), row.scale[unit]);
+    }
+  }
+  static typename T::X weight_part(const Row& row, int64_t s, int) { return weight(row, s); }
+};
+
 template <class T>
 struct Linear {
   using Elem = typename T::Elem;
   using X = typename T::X;
+  using Row = typename T::Row;
   static constexpr int64_t WIDTH = T::WIDTH, CHUNK = CHUNK_BYTES / sizeof(X);
 
   static int64_t steps(const Product& p) { return parts(p.inner, WIDTH); }
@@ -65,15 +145,15 @@ struct Linear {
   // R rows of x times COLUMNS rows of w over one chunk, stored to y or added to it. Meanwhile it asks memory for as much
   // of the first FETCH rows of `next`.
   template <int R, bool PACKED, int FETCH>
-  static void tile(const X* x, const X* packed, const Elem* const* w, const Elem* const* next, int64_t length,
+  static void tile(const X* x, const X* packed, const Row* w, const char* const* next, int64_t length,
                    bool first, float* y, int64_t stride, int columns) {
     typename T::V sum[R][COLUMNS];
     X v[COLUMNS];
     EACH(r, R) EACH(c, COLUMNS) sum[r][c] = T::zero();
     int64_t full = PACKED ? parts(length, WIDTH) : length / WIDTH;
     for (int64_t s = 0; s < full; s++) {
-      EACH(c, COLUMNS) v[c] = PACKED ? packed[s * COLUMNS + c] : T::load(w[c] + s * WIDTH);
-      EACH(c, FETCH) __builtin_prefetch(next[c] + s * WIDTH, 0, SECOND_CACHE);
+      EACH(c, COLUMNS) v[c] = PACKED ? packed[s * COLUMNS + c] : T::weight(w[c], s);
+      EACH(c, FETCH) __builtin_prefetch(next[c] + s * T::BYTES, 0, SECOND_CACHE);
       EACH(r, R) {
         X row = x[s * R + r];
         EACH(c, COLUMNS) sum[r][c] = T::step(sum[r][c], row, v[c]);
@@ -81,7 +161,7 @@ struct Linear {
     }
     int rest = PACKED ? 0 : int(length % WIDTH);
     if (rest) {
-      EACH(c, COLUMNS) v[c] = T::load_part(w[c] + full * WIDTH, rest);
+      EACH(c, COLUMNS) v[c] = T::weight_part(w[c], full, rest);
       EACH(r, R) {
         X row = x[full * R + r];
         EACH(c, COLUMNS) sum[r][c] = T::step(sum[r][c], row, v[c]);
@@ -109,24 +189,23 @@ struct Linear {
     return rows == 3 ? tile<3, PACKED, FETCH> : rows == 2 ? tile<2, PACKED, FETCH> : tile<1, PACKED, FETCH>;
   }
 
-  static void rows_of(const Product& p, int64_t o, int64_t start, const Elem* w[COLUMNS]) {
-    for (int c = 0; c < COLUMNS; c++) w[c] = (const Elem*)p.w + least(o + c, p.outer - 1) * p.inner + start;
-  }
-
   // One chunk of COLUMNS rows of w, from column o on, times `rows` rows of x, which are ready. Where there are few rows
   // the first tile asks for all that the next strip will read, where there are many each of the first tiles for a row.
   static void strip(const Product& p, const X* x, X* packed, int64_t row, int64_t rows, int64_t o,
                     int64_t start) {
-    const Elem *w[COLUMNS], *next[COLUMNS];
-    rows_of(p, o, start, w);
-    rows_of(p, o + COLUMNS, start, next);
+    Row w[COLUMNS];
+    const char* next[COLUMNS];
+    for (int c = 0; c < COLUMNS; c++) {
+      w[c] = T::row(p, least(o + c, p.outer - 1), start);
+      next[c] = T::start(p, least(o + COLUMNS + c, p.outer - 1), start);
+    }
     int64_t length = least(CHUNK * WIDTH, p.inner - start), count = parts(length, WIDTH);
     bool copied = rows >= PACKED_ROWS;
     if (copied) {
       int64_t full = length / WIDTH, rest = length % WIDTH;
-      for (int64_t s = 0; s < full; s++) EACH(c, COLUMNS) packed[s * COLUMNS + c] = T::load(w[c] + s * WIDTH);
+      for (int64_t s = 0; s < full; s++) EACH(c, COLUMNS) packed[s * COLUMNS + c] = T::weight(w[c], s);
       for (int c = 0; rest && c < COLUMNS; c++)
-        packed[full * COLUMNS + c] = T::load_part(w[c] + full * WIDTH, int(rest));
+        packed[full * COLUMNS + c] = T::weight_part(w[c], full, int(rest));
     }
     int64_t high = tile_rows(rows);
     for (int64_t r = 0, index = 0; r < rows; r += high, index++) {
@@ -154,6 +233,7 @@ struct Linear {
       for (int64_t o = begin; o < end; o += COLUMNS)
         for (int64_t start = 0; start < p.inner; start += CHUNK * WIDTH)
           strip(p, x + start / WIDTH * p.rows, packed, 0, p.rows, o, start);
+      scale(p, begin, end);
       return;
     }
     int64_t block = block_rows(p);
@@ -165,6 +245,13 @@ struct Linear {
         for (int64_t o = begin; o < end; o += COLUMNS) strip(p, x, packed, row, rows, o, start);
       }
     }
+    scale(p, begin, end);
+  }
+
+  static void scale(const Product& p, int64_t begin, int64_t end) {
+    if (!T::SCALED) return;
+    for (int64_t row = 0; row < p.rows; row++)
+      for (int64_t o = begin; o < end; o++) p.y[row * p.outer + o] *= ((const float*)p.scale)[o];
   }
 
   static constexpr Kernel kernel() { return {scratch, prepare, columns}; }
