@@ -123,7 +123,8 @@ def digest(data: bytes) -> str:
 
 def load(args: Settings) -> Model:
     """The model, and the draft that is to guess for it."""
-    model = dataclasses.replace(load_model(args), form=args.quantize)
+    model = load_model(args)
+    model = dataclasses.replace(model, form=jaxinfer.models.form_of(model.params))
     if args.draft is None:
         return model
     import drafting

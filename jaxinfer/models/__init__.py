@@ -5,7 +5,7 @@ from jaxinfer.models.decoder import decoder, logits
 from jaxinfer.models.head import fingerprint, head, head_config, head_letters, head_logits, head_shapes, init_head
 from jaxinfer.models.init import init_params
 from jaxinfer.models.params import letters, param_shapes
-from jaxinfer.models.quantize import quantize, quantize_one
+from jaxinfer.models.quantize import form_of, quantize, quantize_one, repacked
 from jaxinfer.models.registry import config_from_hf, family
 from jaxinfer.models.widen import widen
 
@@ -17,6 +17,7 @@ __all__ = [
     "decoder",
     "family",
     "fingerprint",
+    "form_of",
     "head",
     "head_config",
     "head_letters",
@@ -29,5 +30,6 @@ __all__ = [
     "param_shapes",
     "quantize",
     "quantize_one",
+    "repacked",
     "widen",
 ]

@@ -15,26 +15,27 @@ from jaxinfer.quantization import Form, Int4, Int8, Weight, parse_form
 OF_VOCABULARY = ("embed", "head")  # in eight bits at least: rows are looked up, and differences of scores are small
 
 
-def quantize(params: dict[str, Any], form: str, mesh: Any = None) -> dict[str, Any]:
+def quantize(params: dict[str, Any], form: str, mesh: Any = None, packed: bool | None = None) -> dict[str, Any]:
     """The params with every weight that is multiplied with in codes, rounded to the nearest; norms and biases stay.
 
     form: "int8" (a scale an output) or "int4:group=32" (a scale for so many neighbouring inputs; the matrix that makes
     logits is int8, and so is a weight whose inputs, or a device's part of them, the group does not divide). An
     embedding that is not also the head stays: of it a token reads a row. params: as loaded, for a mesh arranged for it.
+    packed: codes of four bits two to a byte, as files have them; by default where this platform reads them better.
     `load(name, quantize=form)` does this tensor by tensor. ValueError for another form, and for params in codes.
     """
     wanted = parse_form(form)
     tied = "head" not in params
 
     def each(tree: dict[str, Any]) -> dict[str, Any]:
-        return {name: quantize_one(name, x, wanted, tied, mesh) for name, x in tree.items()}
+        return {name: quantize_one(name, x, wanted, tied, mesh, packed) for name, x in tree.items()}
 
     return each({name: x for name, x in params.items() if name != "layers"}) | {
         "layers": tuple(each(layer) for layer in params["layers"])
     }
 
 
-def quantize_one(name: str, w: Any, form: Form, tied: bool, mesh: Any = None) -> Any:
+def quantize_one(name: str, w: Any, form: Form, tied: bool, mesh: Any = None, packed: bool | None = None) -> Any:
     """An array of the params by its name: in codes if it is a weight of products."""
     if isinstance(w, Weight):
         raise ValueError(f"{name} is in codes already ({type(w).__name__}): quantize params as they are loaded")
@@ -44,7 +45,26 @@ def quantize_one(name: str, w: Any, form: Form, tied: bool, mesh: Any = None) ->
     fits = w.shape[-1] // meshes.size_of(inner[-1], mesh) % form.group == 0
     if form.bits == 8 or name in OF_VOCABULARY or not fits:
         return to_int8(w, len(outer))
-    return to_int4(w, form.group, kernels.packs_int4())
+    return to_int4(w, form.group, kernels.packs_int4() if packed is None else packed)
+
+
+def form_of(params: Any) -> str | None:
+    """The form that `quantize` gave these params; None where no weight is in codes."""
+    leaves = [x for x in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(x)]
+    groups = {x.group for x in leaves if isinstance(x, Int4)}
+    if len(groups) > 1:
+        raise ValueError(f"the weights are in groups of {' and '.join(map(str, sorted(groups)))}: quantize them alike")
+    return f"int4:group={groups.pop()}" if groups else "int8" if leaves else None
+
+
+def repacked(params: Any, packed: bool) -> Any:
+    """With codes of four bits two to a byte, or in arrays of their own."""
+    return jax.tree.map(lambda x: x.repacked(packed) if isinstance(x, Int4) else x, params, is_leaf=is_weight)
+
+
+def is_weight(x: Any) -> bool:
+    """Whether this leaf of the params is in codes."""
+    return isinstance(x, Weight)
 
 
 to_int8 = functools.partial(jax.jit, static_argnums=1)(Int8.of)

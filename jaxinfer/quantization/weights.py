@@ -166,6 +166,18 @@ class Int4(Weight):
         return self.codes.dtype == jnp.uint8
 
     @property
+    def group(self) -> int:
+        """How many codes share a scale."""
+        return self.shape[-1] // self.scale.shape[-1]
+
+    def repacked(self, packed: bool) -> Int4:
+        """The same, with its codes two to a byte or in an array of their own."""
+        if packed == self.packed:
+            return self
+        codes = pack(self.codes, unit(self.group)) if packed else unpack(self.codes, unit(self.group)).astype(jnp.int4)
+        return Int4(codes, self.scale)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """See `Weight`."""
         return (*self.codes.shape[:-1], self.codes.shape[-1] * (2 if self.packed else 1))
@@ -211,7 +223,7 @@ def unit(group: int) -> int:
 
 def pack(codes: jax.Array, unit: int) -> jax.Array:
     """Codes [..., n] of -8 to 7 as [..., n / 2] uint8."""
-    low, high = jnp.split((codes + 8).astype(jnp.uint8).reshape(*codes.shape[:-1], -1, unit), 2, -1)
+    low, high = jnp.split((codes.astype(jnp.int8) + 8).astype(jnp.uint8).reshape(*codes.shape[:-1], -1, unit), 2, -1)
     return (low | high << 4).reshape(*codes.shape[:-1], -1)
 
 

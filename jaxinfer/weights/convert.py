@@ -103,6 +103,8 @@ def to_huggingface(
     missing or another model's.
     """
     checkpoint = orbax.Sharded(source)
+    if checkpoint.form is not None:
+        raise ValueError(f"the weights of {source} are in codes ({checkpoint.form}): convert what they were made from")
     path = checkpoint.directory / "config.json"
     if not path.is_file():
         raise ValueError(f"{source} was saved without its model's files: save it with tokenizer= their directory")

@@ -43,7 +43,8 @@ def load(
     directory = hub.locate(os.fspath(name))
     if orbax.holds(directory):
         params, config = orbax.restore(directory, dtype, mesh)
-        return (params if quantize is None else models.quantize(params, quantize, mesh)), config
+        wanted = quantize not in (None, models.form_of(params))  # what is in codes already stays in them
+        return (models.quantize(params, quantize, mesh) if wanted and quantize else params), config
     params, config, _ = read_model(directory, dtype, mesh, quantize)
     return params, config
 

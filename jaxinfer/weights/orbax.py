@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from jaxinfer import kernels, models
 from jaxinfer import mesh as meshes
-from jaxinfer import models
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.arrange import resting, settle, sources
 from jaxinfer.models.names import Path
@@ -39,7 +39,7 @@ from jaxinfer.weights.shards import check_memory
 
 NOTES, ARRAYS = "jaxinfer.json", "arrays"
 FORMAT, VERSION = "jaxinfer sharded checkpoint", 1
-KEYS = ("format", "version", "written_by", "config", "huggingface", "files")
+KEYS = ("format", "version", "written_by", "config", "huggingface", "weights", "files")
 CHUNK = 16 * 2**20  # bytes of a stored piece, at most: what a device reads beside its own part is less than this
 BUFFER = 2**28  # bytes of arrays on their way between disk and devices, at least
 
@@ -73,21 +73,35 @@ def save(directory: str | os.PathLike[str], params: Any, config: ModelConfig, to
     directory that holds something else, files that cannot be read, and params that do not fit the config.
     """
     library()
-    if any(isinstance(x, meshes.Parts) for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, meshes.Parts))):
-        raise ValueError("params in codes are not saved: save them as loaded, and load them with quantize=")
-    params, config = models.canonical(params, config)
-    check_params(params, config)
-    write(directory, params, config, tokenizer)
+    form = models.form_of(params)
+    if form is None:
+        params, config = models.canonical(params, config)
+    elif config.canonical is not None:
+        raise ValueError("weights in codes are saved as they are, and these are arranged for a mesh: save them without")
+    params = models.repacked(params, packed=True)
+    check_params(params, config, form)
+    write(directory, params, config, tokenizer, form)
 
 
-def write(directory: str | os.PathLike[str], params: Any, config: ModelConfig, files: Any, **more: Any) -> None:
-    """What `save` does with canonical params, whose leaves may be `Later`. more: to remember of where they are from."""
+def write(
+    directory: str | os.PathLike[str],
+    params: Any,
+    config: ModelConfig,
+    files: Any,
+    form: str | None = None,
+    **more: Any,
+) -> None:
+    """What `save` does with canonical params, whose leaves may be `Later`, or in codes of some form.
+
+    more: to remember of where they are from.
+    """
     where = pathlib.Path(directory).expanduser().absolute()
     version, notes = pathlib.Path(), {}
 
     def prepare() -> int:
         nonlocal version, notes
         notes = {"config": config_to_json(config), "huggingface": origin(files, config) | more}
+        notes |= {"weights": form} if form else {}
         version = versions.begin(where)
         copy_files(files, version)
         versions.show(version)
@@ -141,9 +155,17 @@ def files_in(directory: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def check_params(params: Any, config: ModelConfig) -> None:
+def shapes_of(config: ModelConfig, form: str | None, mesh: Mesh | None = None) -> Any:
+    """The shapes of the arrays in a file, for a mesh: of weights in codes, those with groups that lie on one device."""
+    shapes = models.param_shapes(config)
+    if form is None:
+        return shapes
+    return jax.eval_shape(lambda params: models.quantize(params, form, mesh, packed=True), shapes)
+
+
+def check_params(params: Any, config: ModelConfig, form: str | None = None) -> None:
     """Refuses params that are not those of the config, or not on all processes."""
-    want, have = flat(models.param_shapes(config)), flat(params)
+    want, have = flat(shapes_of(config, form)), flat(params)
     if want.keys() != have.keys():
         odd = sorted(want.keys() ^ have.keys())[0]
         raise ValueError(f"the params {'lack' if odd in want else 'hold'} {odd}, and their config does not: save both")
@@ -200,6 +222,7 @@ class Sharded:
             raise ValueError(f"{found / NOTES} has the unknown key {unknown[0]!r}: a newer jaxinfer may understand it")
         self.config = config_from_json(notes.get("config"), str(found / NOTES))
         self.huggingface: dict[str, Any] = notes.get("huggingface") or {}
+        self.form: str | None = notes.get("weights")  # that its weights are in
         self.check_files(notes.get("files") or {})
         self.stored = self.read_metadata()
 
@@ -223,7 +246,7 @@ class Sharded:
                 raise ValueError("the metadata of its arrays is damaged")
             tree = found.tree
         stored = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat(tree).items()}
-        want = flat(models.param_shapes(self.config))
+        want = flat(shapes_of(self.config, self.form))
         wrong = [path for path in want.keys() | stored.keys() if not same_shape(want.get(path), stored.get(path))]
         if wrong:
             raise ValueError(f"{self.name} does not hold {sorted(wrong)[0]} as its config asks for: save it again")
@@ -337,20 +360,28 @@ def restore(directory: pathlib.Path, dtype: Any = None, mesh: Mesh | None = None
         dtype = checkpoint.config.dtype
     config = checkpoint.config if dtype is None else checkpoint.config.replace(dtype=jnp.dtype(dtype).name)
     mesh = mesh if mesh is not None else meshes.concrete()
-    tree = models.param_shapes(config)
+    tree = shapes_of(config, checkpoint.form)
     keys = jax.tree.unflatten(jax.tree.structure(tree), list(flat(tree)))
-    check_memory(config if mesh is None else models.arrange_config(config, mesh), mesh)
+    check_memory(config if mesh is None else models.arrange_config(config, mesh), mesh, checkpoint.form)
     if mesh is None:
         home = SingleDeviceSharding(jnp.zeros(()).device)
         wanted = jax.tree.map(lambda key, leaf: ask(checkpoint, key, leaf, dtype, home), keys, tree)
-        return checkpoint.read(wanted), config
+        return models.repacked(checkpoint.read(wanted), kernels.packs_int4()), config
     arranged = models.arrange_config(config, mesh)
-    words = models.letters(config)
+    words = meshes.spelled(tree, models.letters(config))
 
     def wish(key: str, leaf: Any, word: str) -> jax.ShapeDtypeStruct:
         return ask(checkpoint, key, leaf, dtype, resting(leaf.shape, word, key, mesh))
 
     wanted = jax.tree.map(wish, keys, tree, words)
+    if checkpoint.form is not None:
+        there = shapes_of(config, checkpoint.form, mesh)
+        if arranged is not config or jax.tree.structure(there) != jax.tree.structure(tree):
+            raise ValueError(
+                f"the weights of {directory} are in codes ({checkpoint.form}), which are not cut: take a mesh that "
+                "divides heads, widths, vocabulary and groups, or quantize what they were made from"
+            )
+        return models.repacked(checkpoint.read(wanted), kernels.packs_int4()), config
     homes = meshes.shardings(words, mesh)
     tables = sources(arranged) if arranged.canonical is not None else None
     return settle(checkpoint.read(wanted), words, homes, tables), arranged
@@ -358,4 +389,6 @@ def restore(directory: pathlib.Path, dtype: Any = None, mesh: Mesh | None = None
 
 def ask(checkpoint: Sharded, key: str, leaf: Any, dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     """An array as it is wanted."""
-    return jax.ShapeDtypeStruct(leaf.shape, dtype or checkpoint.stored[key].dtype, sharding=sharding)
+    stored = checkpoint.stored[key].dtype
+    own = dtype is None or f"{key.rpartition('/')[0]}/codes" in checkpoint.stored  # codes and their scales stay
+    return jax.ShapeDtypeStruct(leaf.shape, stored if own else dtype, sharding=sharding)
