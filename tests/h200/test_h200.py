@@ -46,6 +46,15 @@ def broken_laws(program: dict) -> list[str]:
     return [sentence for sentence, broken in laws.items() if broken]
 
 
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_the_committed_programs_with_weights_in_codes_keep_the_laws(form):
+    noted = json.loads((COMMITTED.parent / f"weights_{form}.json").read_text())
+    assert noted["weights"] == form and [p["rows"] for p in noted["programs"]] == [1, 8, 2]
+    for program in noted["programs"]:
+        assert broken_laws(program) == []
+        assert program["bytes_moved_over_limit"] < (1.05 if program["rows"] < 8 else 1.09)
+
+
 def test_the_committed_programs_of_llama_3_8b_keep_the_laws():
     noted = json.loads(COMMITTED.read_text())
     assert noted["hardware"] == "NVIDIA H200, compiled without one"

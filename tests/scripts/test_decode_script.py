@@ -9,8 +9,10 @@ import re
 import shutil
 import signal
 
+import jax
 import pytest
 
+import jaxinfer
 from jaxinfer import models, roofline
 from jaxinfer.testing import byte_tokenizer
 from jaxinfer.testing.tiny import tiny_params
@@ -262,6 +264,19 @@ def test_a_preset_that_is_not_understood_is_refused(refused, tmp_path, text, say
     refused(["--config", str(preset), "--prompt", "a"], says, 2)
 
 
+@pytest.mark.parametrize("form", ["int8", "int4:group=8"])
+def test_weights_in_codes_are_reported_and_say_what_the_library_says(run, model, form):
+    got = told(run, "--prompt", "import os", "--quantize", form, "--temperature", 0, "--max-new-tokens", 12)
+    params, config = jaxinfer.load(model, quantize=form)
+    prompt = jaxinfer.Tokenizer(model).encode("import os")
+    assert got["ids"] == jaxinfer.generate(params, config, [prompt], max_new_tokens=12).ids[:, :12].tolist()
+    assert got["weights"] == form
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert got["weight_bytes"] == held == roofline.weight_bytes(config, roofline.weights_of(form))
+    _, plan, _ = run("--plan", "--quantize", form)
+    assert f"in {form}: weights" in plan
+
+
 # --- what it refuses -----------------------------------------------------------------------------------------------
 
 
@@ -296,6 +311,8 @@ def test_flags_that_make_no_sense_are_refused(refused, words, says):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        ("--prompt a --quantize int7", "cannot be quantized to 'int7': take int8, int4 or int4:group=G"),
+        ("--prompt a --quantize int4:group=5", "a group of 5 codes is not to be had"),
         ("--prompt abcdefgh --max-length 4", "the prompt has 8 tokens but the cache holds 4: raise --max-length"),
         (f"--prompt {'a' * 200}", "has 200 tokens but the cache holds 128: that is all the model was made for"),
         ("--prompt a --max-length 9 --max-new-tokens 10", "need 10 positions but --max-length is 9"),
