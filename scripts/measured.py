@@ -14,6 +14,7 @@ import pathlib
 import platform
 import shlex
 import sys
+import threading
 import time
 
 
@@ -46,3 +47,21 @@ def without_directories(word: str) -> str:
 def date() -> str:
     """Today."""
     return time.strftime("%Y-%m-%d")
+
+
+def plain_read(size: int = 1 << 30) -> float:
+    """GB/s of a plain read by every core at once, the best of five."""
+    import numpy as np
+
+    cores = os.cpu_count() or 1
+    parts = [np.ones(size // 8 // cores, np.int64) for _ in range(cores)]
+    best = 0.0
+    for _ in range(5):
+        threads = [threading.Thread(target=part.max) for part in parts]
+        began = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = max(best, size / (time.perf_counter() - began) / 1e9)
+    return best

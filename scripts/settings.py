@@ -31,7 +31,10 @@ class Settings(runtime.Machine):
     random_weights: str | None = setting(None, "instead: random weights of a shape (.toml, .json)", metavar="CONFIG")
     dtype: str = setting("auto", "of the weights (default: as stored)", choices=("auto", *FLOATS))
     quantize: str | None = setting(
-        None, "weights in codes: int8, or int4:group=32 (then logits' matrix is int8)", metavar="FORM"
+        None,
+        "weights in codes: int8, or int4:group=32 (then logits' matrix is int8); int8:dynamic and int4:dynamic round "
+        "what they are multiplied with too, which is faster on some CPUs",
+        metavar="FORM",
     )
     prompt: tuple[str, ...] = setting((), "text to continue; several are several rows", metavar="TEXT")
     prompt_file: str | None = setting(None, "a prompt from a file (- is stdin), less its last newline", metavar="FILE")

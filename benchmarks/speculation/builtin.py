@@ -16,7 +16,6 @@ import json
 import pathlib
 import statistics
 import sys
-import threading
 import time
 from typing import Any
 
@@ -206,7 +205,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     ids, make = prompts(args), drafts(params, config, "bfloat16")
     size = args.prompt_length + args.new_tokens
     bytes_ = roofline.decode_bytes(config, 1, size, "bfloat16")
-    print(f"weights of {roofline.weight_bytes(config) / 1e9:.2f} GB; a plain read: {plain_read():.1f} GB/s")
+    print(f"weights of {roofline.weight_bytes(config) / 1e9:.2f} GB; a plain read: {measured.plain_read():.1f} GB/s")
     found = []
     for temperature in args.temperature:
         sides = {"plain": None} | {name: name.split(":") for name in args.draft}
@@ -233,7 +232,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         plain = {
             "tokens_per_second": rate,
             "gb_per_second": rate * bytes_ / 1e9,
-            "plain_read_gb_per_second": plain_read(),
+            "plain_read_gb_per_second": measured.plain_read(),
         }
         print(f"temperature {temperature}: plain {rate:.2f} tokens/s, {rate * bytes_ / 1e9:.1f} GB/s", flush=True)
         for name in args.draft:
@@ -250,26 +249,6 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     what = "the built-in model widened to a gigabyte of bfloat16, one row, plainly and with a draft in turn"
     weights = {"weight_bytes": roofline.weight_bytes(config), "ffn_width": args.ffn_width, "layers": args.layers}
     return {"benchmark": what, **weights, "results": found}
-
-
-def plain_read(size: int = 1 << 30) -> float:
-    """GB/s of a plain read by every core at once, the best of five."""
-    import os
-
-    import numpy as np
-
-    cores = os.cpu_count() or 1
-    parts = [np.ones(size // 8 // cores, np.int64) for _ in range(cores)]
-    best = 0.0
-    for _ in range(5):
-        threads = [threading.Thread(target=part.max) for part in parts]
-        began = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        best = max(best, size / (time.perf_counter() - began) / 1e9)
-    return best
 
 
 if __name__ == "__main__":

@@ -110,6 +110,11 @@ class Read:
         """Pages of a block."""
         return min(max(BLOCK // self.page, 1), self.table.shape[1])
 
+    @property
+    def plain(self) -> None:
+        """See `Source`: it lies in pages."""
+        return None
+
     def blocks(self, past: jax.Array) -> jax.Array:
         """See `Source`: up to the longest row."""
         width = self.at_once * self.page

@@ -51,11 +51,11 @@ class Slots(LayerCache):
 
 def look(q: jax.Array, sources: list[Source], spec: LayerSpec, step: Step) -> jax.Array:
     """Attention of q [B, T, N, H] over one source or several; plainly where that is one of plain numbers, and small."""
-    branches = branches_of(step)
-    if len(sources) == 1 and isinstance(sources[0], Held) and sources[0].k.array is not None:
-        (B, T, N, _), held = q.shape, sources[0]
-        if T == 1 or B * N * T * held.shape[0] <= SCORES:
-            return ops.attend(q, held.k.array, held.v.array, step.position, spec, branches, held.slot)  # type: ignore
+    branches, plain = branches_of(step), sources[0].plain if len(sources) == 1 else None
+    if plain is not None:
+        (B, T, N, _), (k, v, slot) = q.shape, plain
+        if T == 1 or B * N * T * k.shape[2] <= SCORES:
+            return ops.attend(q, k, v, step.position, spec, branches, slot)
     return ops.attend_looks([Look(q, source) for source in sources], step.position, spec, branches)
 
 

@@ -8,7 +8,7 @@ the two is taken:
 """
 
 from jaxinfer.kernels.choice import KernelChoice, choice, use
-from jaxinfer.kernels.cpu import UNIT
+from jaxinfer.kernels.cpu import BLOCK, UNIT
 from jaxinfer.kernels.memory import cache_dtype, free_memory, host_memory, packs_int4
 
-__all__ = ["UNIT", "KernelChoice", "cache_dtype", "choice", "free_memory", "host_memory", "packs_int4", "use"]
+__all__ = ["BLOCK", "UNIT", "KernelChoice", "cache_dtype", "choice", "free_memory", "host_memory", "packs_int4", "use"]

@@ -26,6 +26,7 @@ UNITS = {  # each instruction set is a file with flags of its own; which one run
     "avx2.cc": AVX2,
     "avx512.cc": AVX512,
     "avx512bf16.cc": (*AVX512, "-mavx512bf16"),
+    "avx512vnni.cc": (*AVX512, "-mavx512vnni"),
 }
 X86 = ("x86_64", "AMD64")
 TIMEOUT = 300  # seconds

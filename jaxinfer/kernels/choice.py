@@ -31,7 +31,7 @@ class KernelChoice:
             raise ValueError(f"linear={self.linear!r} names no kernel: the choices are {', '.join(LINEAR)}")
 
     def product(self, x: Array, *w: Array) -> Callable[..., Array] | None:
-        """The kernel that multiplies x [M, I] with w [O, I], called with their plain twin and them; None: the twin.
+        """The kernel that multiplies x [M, I] with w [O, I], called as (twin, dynamic, x, *w); None: the plain twin.
 
         w may be codes and their scales, see `cpu.linear`. Only shapes and dtypes are looked at. RuntimeError where
         linear="cpu" cannot be kept.

@@ -23,7 +23,8 @@ import numpy as np
 from jaxinfer.kernels import build
 
 # The number changes with what a handler is given: a program from a persistent cache never calls another version's.
-TARGET, CODED = "jaxinfer_linear_v1", "jaxinfer_coded_v1"
+TARGET, CODED = "jaxinfer_linear_v1", "jaxinfer_coded_v2"
+BLOCK = 32  # numbers of x that share a scale where x is rounded
 UNIT = 32  # codes of four bits lie together, the first half of them in the low bits of 16 bytes
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3}
 BEST = -1
@@ -32,53 +33,66 @@ _lock = threading.Lock()
 
 
 def linear(
-    x: jax.Array, w: jax.Array, isa: str | None = None, threads: int | None = None, scale: jax.Array | None = None
+    x: jax.Array,
+    w: jax.Array,
+    isa: str | None = None,
+    threads: int | None = None,
+    scale: jax.Array | None = None,
+    dynamic: bool = False,
 ) -> jax.Array:
     """x [M, I] times w [O, I] transposed, both float32 or both bfloat16: [M, O] float32. The bare kernel.
 
     scale: w is codes, of which the kernel makes float32 numbers on the way; x is float32. [O] float32: w is int8.
     [O, I / g] float16, g a multiple of UNIT: w is [O, I / 2] uint8, two codes of four bits each, 0 to 15 for -8 to 7.
+    dynamic: x is rounded to int8 first, BLOCK neighbours to a scale (`quantization.rounded`), and codes meet codes.
     isa: one of ISAS, for tests; by default the best that the machine has. threads: by default as many as XLA has, or
     one where the product is small. RuntimeError if there is no kernel. Not differentiable: see `product`.
     """
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(f"there is no CPU kernel: {reason}")
-    given = (x, w) if scale is None else (x, w, scale)
-    call = jax.ffi.ffi_call(
-        TARGET if scale is None else CODED, jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32)
-    )
-    return call(*given, isa=np.int32(BEST if isa is None else ISAS[isa]), threads=np.int32(threads or 0))
+    shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32)
+    how = {"isa": np.int32(BEST if isa is None else ISAS[isa]), "threads": np.int32(threads or 0)}
+    if scale is None:
+        return jax.ffi.ffi_call(TARGET, shape)(x, w, **how)
+    return jax.ffi.ffi_call(CODED, shape)(x, w, scale, **how, dynamic=np.int32(dynamic))
 
 
-@jax.custom_batching.custom_vmap
-def _rows(x: jax.Array, *w: jax.Array) -> jax.Array:
-    return linear(x, w[0], scale=w[1] if len(w) > 1 else None)
+def batched(dynamic: bool) -> Callable[..., jax.Array]:
+    """`linear` of x and w, or codes and scales, that vmap knows."""
+
+    @jax.custom_batching.custom_vmap
+    def rows(x: jax.Array, *w: jax.Array) -> jax.Array:
+        return linear(x, w[0], scale=w[1] if len(w) > 1 else None, dynamic=dynamic)
+
+    @rows.def_vmap
+    def rows_of_a_batch(size: int, batched: list[bool], x: jax.Array, *w: jax.Array) -> tuple[jax.Array, bool]:
+        """A batch of x is more rows, which change no bits; a batch of w is multiplied one by one."""
+        if not any(batched[1:]):
+            return rows(x.reshape(-1, x.shape[-1]), *w).reshape(size, -1, w[0].shape[0]), True
+        every = [a if many else jnp.broadcast_to(a, (size, *a.shape)) for a, many in zip((x, *w), batched, strict=True)]
+        return jax.lax.map(lambda one: rows(*one), every), True
+
+    return rows
 
 
-@_rows.def_vmap
-def _rows_of_a_batch(size: int, batched: list[bool], x: jax.Array, *w: jax.Array) -> tuple[jax.Array, bool]:
-    """A batch of x is more rows, which change no bits; a batch of w is multiplied one by one."""
-    if not any(batched[1:]):
-        return _rows(x.reshape(-1, x.shape[-1]), *w).reshape(size, -1, w[0].shape[0]), True
-    every = [a if many else jnp.broadcast_to(a, (size, *a.shape)) for a, many in zip((x, *w), batched, strict=True)]
-    return jax.lax.map(lambda one: _rows(*one), every), True
+ROWS = {dynamic: batched(dynamic) for dynamic in (False, True)}
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def product(plain: Callable[..., jax.Array], x: jax.Array, *w: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def product(plain: Callable[..., jax.Array], dynamic: bool, x: jax.Array, *w: jax.Array) -> jax.Array:
     """`linear` in programs for the CPU, `plain(x, *w)` in those for other platforms, and in all derivatives.
 
     In a program that is jitted for a mesh without `jax.set_mesh`, XLA gathers x and w whole first: it cannot split it.
     """
-    return jax.lax.platform_dependent(x, *w, cpu=_rows, default=plain)
+    return jax.lax.platform_dependent(x, *w, cpu=ROWS[dynamic], default=plain)
 
 
 @product.defjvp
-def _tangent(plain, primals, tangents):
+def _tangent(plain, dynamic, primals, tangents):
     x, *w = primals
     dx, *dw = tangents
-    out = product(plain, *primals), plain(dx, *w)
+    out = product(plain, dynamic, *primals), plain(dx, *w)
     return out if len(w) > 1 else (out[0], out[1] + plain(x, *dw))  # codes do not move
 
 

@@ -56,6 +56,11 @@ class Source(Protocol):
         """The letters of its arrays, congruent with them."""
         ...
 
+    @property
+    def plain(self) -> tuple[jax.Array, jax.Array, jax.Array | None] | None:
+        """(k, v [B, K, S, H], slot) as `attend` takes them, where it is nothing but these."""
+        ...
+
     def blocks(self, past: jax.Array) -> jax.Array:
         """How many blocks hold the slots before `past` []."""
         ...
@@ -88,6 +93,12 @@ class Held:
         word = "BKS" if self.slot is None else "BKW"
         slot = None if self.slot is None else "BW"
         return self.replace(k=self.k.letters(word), v=self.v.letters(word), slot=slot)  # type: ignore[attr-defined]
+
+    @property
+    def plain(self) -> tuple[jax.Array, jax.Array, jax.Array | None] | None:
+        """See `Source`."""
+        k, v = self.k.array, self.v.array
+        return None if k is None or v is None else (k, v, self.slot)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -25,7 +25,7 @@ def linear(x: jax.Array, w: jax.Array | Weight, equation: str, bias: jax.Array |
         matrix = w.reshape(math.prod(w.shape[:outer]), -1)
         rows = x.reshape(-1, matrix.shape[1])
         kernel = kernels.choice().product(rows, matrix)
-        y = kernel(plain, rows, matrix) if kernel else plain(rows, matrix)
+        y = kernel(plain, False, rows, matrix) if kernel else plain(rows, matrix)
     y = y.astype(dtype or x.dtype).reshape(*x.shape[: x.ndim - len(right) + outer], *w.shape[:outer])
     y = mesh.constrain(y, out)
     return y if bias is None else y + bias.astype(y.dtype)

@@ -31,20 +31,32 @@ class Form:
 
     bits: int
     group: int = 32
+    dynamic: bool = False  # what they are multiplied with is rounded to eight bits too
+
+    @property
+    def name(self) -> str:
+        """As `parse_form` reads it."""
+        options = [f"group={self.group}"] * (self.bits == 4) + ["dynamic"] * self.dynamic
+        return f"int{self.bits}" + ":" * bool(options) + ",".join(options)
 
 
 def parse_form(text: str) -> Form:
-    """ "int8", "int4" or "int4:group=G"; ValueError for anything else."""
-    kind, _, options = text.partition(":")
+    """ "int8", "int4" or "int4:group=G", each with ":dynamic" or ",dynamic"; ValueError for anything else."""
+    kind, *options = text.replace(":", ",", 1).split(",")
+    dynamic = options[-1:] == ["dynamic"]
+    options = options[: len(options) - dynamic]
     if kind == "int8" and not options:
-        return Form(8)
-    name, _, value = options.partition("=")
-    if kind == "int4" and (not options or (name == "group" and value.isdecimal())):
-        group = int(value) if options else 32
+        return Form(8, dynamic=dynamic)
+    name, _, value = options[0].partition("=") if options else ("group", "=", "32")
+    if kind == "int4" and len(options) < 2 and name == "group" and value.isdecimal():
+        group = int(value)
         if group < 2 or group % 2:
             raise ValueError(f"{text}: a group of {group} codes is not to be had: take an even number, 32 say")
-        return Form(4, group)
-    raise ValueError(f"weights cannot be quantized to {text!r}: take int8, int4 or int4:group=G")
+        return Form(4, group, dynamic)
+    raise ValueError(
+        f"weights cannot be quantized to {text!r}: take int8, int4 or int4:group=G, and add :dynamic (or ,dynamic) to "
+        "round activations too"
+    )
 
 
 class Weight(mesh.Parts):
@@ -73,11 +85,19 @@ class Weight(mesh.Parts):
     def plain(x: jax.Array, *arrays: jax.Array) -> jax.Array:
         """x [M, I] times a matrix [O, I] of such arrays, transposed: [M, O] float32. What kernels are compared with."""
 
+    dynamic: bool = False  # x is rounded to eight bits before it is multiplied
+
     def multiply(self, x: jax.Array) -> jax.Array:
         """x [M, I] times this matrix [O, I] transposed: [M, O] float32."""
         exact = x.astype(jnp.float32)
+        twin = self.rounding if self.dynamic else self.plain
         kernel = kernels.choice().product(exact, *self.arrays)
-        return kernel(self.plain, exact, *self.arrays) if kernel else self.plain(x, *self.arrays)
+        return kernel(twin, self.dynamic, exact, *self.arrays) if kernel else twin(x, *self.arrays)
+
+    @classmethod
+    def rounding(cls, x: jax.Array, *arrays: jax.Array) -> jax.Array:
+        """`plain` of x as its codes say it."""
+        return cls.plain(rounded(x), *arrays)
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """The rows [..., D] of a weight [V, D], in float32; NaN where there is none."""
@@ -90,15 +110,16 @@ class Int8(Weight):
 
     codes: jax.Array  # [*out, *in] int8
     scale: jax.Array  # [*out] float32
+    dynamic: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
-    def of(cls, w: jax.Array, outer: int) -> Int8:
+    def of(cls, w: jax.Array, outer: int, dynamic: bool = False) -> Int8:
         """The codes of a weight whose first `outer` axes are its outputs."""
         axes = tuple(range(outer, w.ndim))
         w = w.astype(jnp.float32)
         scale = jnp.abs(w).max(axes) / 127
         step = jnp.where(scale > 0, scale, 1).reshape(*scale.shape, *(1,) * len(axes))
-        return cls(jnp.round(w / step).astype(jnp.int8), scale)
+        return cls(jnp.round(w / step).astype(jnp.int8), scale, dynamic)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,11 +133,11 @@ class Int8(Weight):
 
     def letters(self, word: str) -> Int8:
         """See `Parts`."""
-        return Int8(word, word[: self.scale.ndim])  # type: ignore[arg-type]
+        return Int8(word, word[: self.scale.ndim], self.dynamic)  # type: ignore[arg-type]
 
     def matrix(self, outer: int) -> Int8:
         """See `Weight`."""
-        return Int8(self.codes.reshape(math.prod(self.shape[:outer]), -1), self.scale.reshape(-1))
+        return Int8(self.codes.reshape(math.prod(self.shape[:outer]), -1), self.scale.reshape(-1), self.dynamic)
 
     def decode(self) -> jax.Array:
         """See `Weight`."""
@@ -149,16 +170,17 @@ class Int4(Weight):
 
     codes: jax.Array  # [*out, *in] int4, or [*out, *in / 2] uint8
     scale: jax.Array  # [*out, *in / group] float16
+    dynamic: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
-    def of(cls, w: jax.Array, group: int, packed: bool) -> Int4:
+    def of(cls, w: jax.Array, group: int, packed: bool, dynamic: bool = False) -> Int4:
         """The codes of a weight, whose last axis `group` divides."""
         groups = w.astype(jnp.float32).reshape(*w.shape[:-1], -1, group)
         furthest = jnp.take_along_axis(groups, jnp.abs(groups).argmax(-1, keepdims=True), -1)[..., 0]
         scale = (furthest / -8).astype(jnp.float16)
         step = jnp.where(scale != 0, scale, 1).astype(jnp.float32)[..., None]
         codes = jnp.clip(jnp.round(groups / step), -8, 7).astype(jnp.int8).reshape(w.shape)
-        return cls(pack(codes, unit(group)) if packed else codes.astype(jnp.int4), scale)
+        return cls(pack(codes, unit(group)) if packed else codes.astype(jnp.int4), scale, dynamic)
 
     @property
     def packed(self) -> bool:
@@ -175,7 +197,7 @@ class Int4(Weight):
         if packed == self.packed:
             return self
         codes = pack(self.codes, unit(self.group)) if packed else unpack(self.codes, unit(self.group)).astype(jnp.int4)
-        return Int4(codes, self.scale)
+        return Int4(codes, self.scale, self.dynamic)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -189,12 +211,12 @@ class Int4(Weight):
 
     def letters(self, word: str) -> Int4:
         """See `Parts`."""
-        return Int4(word, word)  # type: ignore[arg-type]
+        return Int4(word, word, self.dynamic)  # type: ignore[arg-type]
 
     def matrix(self, outer: int) -> Int4:
         """See `Weight`."""
         num = math.prod(self.shape[:outer])
-        return Int4(self.codes.reshape(num, -1), self.scale.reshape(num, -1))
+        return Int4(self.codes.reshape(num, -1), self.scale.reshape(num, -1), self.dynamic)
 
     def decode(self) -> jax.Array:
         """See `Weight`."""
@@ -214,6 +236,17 @@ class Int4(Weight):
             return dot(x.astype(jnp.float32), widened(codes, scale).reshape(len(codes), -1))
 
         return jax.lax.platform_dependent(x, *arrays, cpu=by_blocks(block), default=whole)
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """x [M, I] as the nearest codes of eight bits say it, BLOCK neighbours to a scale; NaN where a block has one."""
+    inner = x.shape[1]
+    wide = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -inner % kernels.BLOCK))).reshape(len(x), -1, kernels.BLOCK)
+    most = jnp.where(jnp.isnan(wide).any(-1, keepdims=True), jnp.nan, jnp.abs(wide).max(-1, keepdims=True))
+    scale = most / 127
+    inverse = jnp.where(scale >= jnp.finfo(jnp.float32).tiny, 1 / scale, 0)
+    said = jnp.where(inverse > 0, jnp.round(wide * inverse) * scale, jnp.where(jnp.isfinite(scale), 0, scale))
+    return said.reshape(len(x), -1)[:, :inner].astype(x.dtype)
 
 
 def unit(group: int) -> int:

@@ -97,6 +97,22 @@ def test_drafts_on_coded_weights_change_nothing(form):
         np.testing.assert_array_equal(got.ids, said(coded, config))
 
 
+@pytest.mark.parametrize("form", ["int8:dynamic", "int4:group=32,dynamic"])
+def test_a_dynamic_model_is_near_the_exact_one_and_says_the_same_to_a_row_alone(form):
+    params, config = tiny_model(**WIDE)
+    coded, exact = quantize(params, form), quantize(params, form.replace("dynamic", "").rstrip(":,"))
+    assert models.form_of(coded) == form
+    near, far = (np.abs(scores(coded, config) - scores(exact, config)).max() for exact in (exact, params))
+    assert 0 < near < far + 0.5
+    together = said(coded, config)
+    for row, prompt in enumerate(PROMPTS):
+        alone = jaxinfer.generate(coded, config, [prompt], max_new_tokens=16)
+        np.testing.assert_array_equal(alone.ids[0], together[row])
+    np.testing.assert_array_equal(
+        speculate(coded, config, PROMPTS, draft=NGram(), num_draft_tokens=3, max_new_tokens=16).ids, together
+    )
+
+
 def test_products_are_in_codes_and_all_else_stays():
     params, config = tied_model(False, qkv_bias=True, **WIDE)
     coded = quantize(params, "int4:group=16")
@@ -116,7 +132,10 @@ def test_bytes_are_those_of_the_formula():
         assert held == jaxinfer.roofline.weight_bytes(config, jaxinfer.roofline.weights_of(form))
 
 
-@pytest.mark.parametrize("form", ["int7", "int4:groups=3", "int4:group=3", "int4:group=0", "int8:group=32", ""])
+@pytest.mark.parametrize(
+    "form",
+    ["int7", "int4:groups=3", "int4:group=3", "int4:group=0", "int8:group=32", "int8,x", "int4:dynamic,group=8", ""],
+)
 def test_another_form_is_refused_by_its_name(form):
     with pytest.raises(ValueError, match=r"int8, int4 or int4:group=G|even number"):
         quantize(tiny_model()[0], form)

@@ -8,7 +8,7 @@ import pytest
 import jaxinfer
 from jaxinfer import kernels, ops, program
 from jaxinfer.kernels import KernelChoice
-from jaxinfer.quantization import Int4, Int8
+from jaxinfer.quantization import Int4, Int8, parse_form, rounded
 from jaxinfer.quantization.weights import pack, unpack
 
 FORMS = {
@@ -125,6 +125,35 @@ def test_no_program_writes_the_numbers_of_the_codes(rows, choice, form):
     numbers = 32 * 64 * 1024
     assert not [w for w in program.writes(compiled) if w.bytes > numbers / 2], "a whole weight, even in four bits"
     assert program.temporaries(compiled)["temp"] < 2 * numbers
+
+
+def test_rounding_is_to_the_nearest_code_of_a_block():
+    x = drawn((3, 100)) * jnp.logspace(-4, 4, 100)
+    got, exact = np.asarray(rounded(x), np.float64), np.asarray(x, np.float64)
+    for start in range(0, 100, 32):
+        part = slice(start, start + 32)
+        scale = np.abs(exact[:, part]).max(1, keepdims=True) / 127
+        assert (np.abs(got[:, part] - exact[:, part]) <= scale * 0.501).all()
+    np.testing.assert_array_equal(rounded(jnp.zeros((2, 40))), 0)
+    odd = rounded(x.at[1, 40].set(jnp.nan))
+    assert np.isnan(odd[1, 32:64]).all() and np.isfinite(odd[1, :32]).all() and np.isfinite(odd[0]).all()
+
+
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+@pytest.mark.parametrize("of", [lambda w: Int8.of(w, 1, True), lambda w: Int4.of(w, 32, True, True)])
+def test_a_dynamic_weight_meets_rounded_rows(of, choice):
+    x, leaf = drawn((5, 2, 96)), of(drawn((7, 96), 1))
+    with kernels.use(KernelChoice(linear=choice)):
+        got = jax.jit(lambda x, leaf: ops.linear(x, leaf, "BTD,FD->BTF"))(x, leaf)
+    said = rounded(x.reshape(10, 96)).reshape(x.shape)
+    np.testing.assert_allclose(got, ops.linear(said, leaf.decode(), "BTD,FD->BTF"), atol=1e-4)
+    assert np.abs(got - ops.linear(x, leaf.decode(), "BTD,FD->BTF")).max() > 1e-3, "it was to be rounded"
+
+
+@pytest.mark.parametrize("name", ["int8", "int8:dynamic", "int4:group=32", "int4:group=64,dynamic"])
+def test_a_form_has_the_name_that_is_read(name):
+    assert parse_form(name).name == name
+    assert parse_form("int4") == parse_form("int4:group=32") and parse_form("int4:dynamic").dynamic
 
 
 def test_rows_of_codes_are_looked_up_and_none_is_another_ones():

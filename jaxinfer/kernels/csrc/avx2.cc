@@ -31,6 +31,7 @@ struct Float : Base {
 };
 
 struct Coded : Float {
+  using Ready = X;
   static X codes(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
   }

@@ -29,21 +29,18 @@ struct Pair {
 struct Unit : Lanes {
   using Elem = float;
   using X = Pair;
+  using Ready = X;
   static constexpr int WIDTH = UNIT, ROWS = 4;
   static V step(V sum, const X& x, const X& w) {
     return _mm512_fmadd_ps(x.high, w.high, _mm512_fmadd_ps(x.low, w.low, sum));
   }
   static X load(const float* p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
   static X load_part(const float* p, int) { return load(p); }
-  static X unit(const uint8_t* p, float scale) {  // a permutation looks at four bits of an index
+  static X units(const uint8_t* p, const float* scale, int) {  // a permutation looks at four bits of an index
     __m512 value = _mm512_mul_ps(_mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7),
-                                 _mm512_set1_ps(scale));
+                                 _mm512_set1_ps(*scale));
     __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
     return {_mm512_permutexvar_ps(codes, value), _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), value)};
-  }
-  static void halves(const uint16_t* from, float* to, int64_t n) {  // at most sixteen
-    __mmask16 mask = __mmask16((1u << n) - 1);
-    _mm512_mask_storeu_ps(to, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from)));
   }
 };
 

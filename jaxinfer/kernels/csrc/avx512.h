@@ -10,6 +10,10 @@ namespace {
 struct Lanes {
   using V = __m512;
   static constexpr int ROWS = 6;
+  static void halves(const uint16_t* from, float* to, int64_t n) {  // at most sixteen
+    __mmask16 mask = __mmask16((1u << n) - 1);
+    _mm512_mask_storeu_ps(to, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from)));
+  }
   static V zero() { return _mm512_setzero_ps(); }
   static V pair(V a, V b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
   static F4 sum4(V a, V b, V c, V d) {

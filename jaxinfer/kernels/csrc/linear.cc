@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <new>
 
 #include "linear.h"
 #include "xla/ffi/api/ffi.h"
@@ -39,13 +40,15 @@ int32_t best_isa() {
 }
 
 // What w is kept in.
-enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
-constexpr int64_t BITS[] = {32, 16, 8, 4};
+enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, ROUNDED8 = 4, ROUNDED4 = 5 };
+constexpr int64_t BITS[] = {32, 16, 8, 4, 8, 4};
 
 const Kernel& choose(int32_t isa, Form form) {
 #if defined(__x86_64__)
   static const Kernel* const avx512[] = {&avx512_f32, &avx512_bf16, &avx512_int8, &avx512_int4};
   static const Kernel* const avx2[] = {&avx2_f32, &avx2_bf16, &avx2_int8, &avx2_int4};
+  if (form == ROUNDED8) return avx512vnni_int8;
+  if (form == ROUNDED4) return avx512vnni_int4;
   if (isa == AVX512BF16 && form == BF16) return avx512bf16_bf16;
   if (isa >= AVX512) return *avx512[form];
   if (isa == AVX2) return *avx2[form];
@@ -74,6 +77,37 @@ class Rounding {
   uint64_t before_;
 #endif
 };
+
+bool has_vnni() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return best_isa() >= AVX512 && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+// Rows of x as what their codes say: to the nearest of -127 to 127 times a scale that BLOCK neighbours share.
+void rounded(const float* x, float* out, int64_t rows, int64_t inner) {
+  Rounding rounding;
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t start = 0; start < inner; start += BLOCK) {
+      const float* from = x + row * inner + start;
+      float* to = out + row * inner + start;
+      int64_t n = inner - start < BLOCK ? inner - start : BLOCK;
+      float most = 0;
+      bool odd = false;
+      for (int64_t i = 0; i < n; i++) {
+        float size = from[i] < 0 ? -from[i] : from[i];
+        most = size > most ? size : most;
+        odd = odd || from[i] != from[i];
+      }
+      float scale = odd ? __builtin_nanf("") : most / 127;
+      float inverse = scale >= LEAST ? 1 / scale : 0;
+      for (int64_t i = 0; i < n; i++)
+        to[i] = inverse != 0 ? __builtin_nearbyintf(from[i] * inverse) * scale : odd || scale > 1 ? scale : 0;
+    }
+}
 
 // One product, cut into blocks of columns that any thread may take. A thread of the pool that comes late finds no block
 // left and touches nothing; the caller waits only for blocks that somebody is at work on, so it cannot wait forever,
@@ -163,7 +197,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
 }
 
 ffi::Error coded(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::AnyBuffer scale,
-                 ffi::ResultBuffer<ffi::F32> y, int32_t isa, int32_t threads) {
+                 ffi::ResultBuffer<ffi::F32> y, int32_t isa, int32_t threads, int32_t dynamic) {
   auto xs = x.dimensions(), ws = w.dimensions(), ss = scale.dimensions(), ys = y->dimensions();
   bool int8 = w.element_type() == ffi::S8;
   bool known = int8 ? scale.element_type() == ffi::F32
@@ -176,6 +210,12 @@ ffi::Error coded(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w
     return ffi::Error::InvalidArgument(
         "codes take x [M, I], w [O, I] and scale [O]; or w [O, I / 2] and scale [O, I / g], g a multiple of 32");
   Product p{x.untyped_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0], scale.untyped_data(), group};
+  if (!dynamic) return multiply(pool, p, int8 ? INT8 : INT4, isa, threads);
+  if (has_vnni() && (isa < 0 || isa > AVX512)) return multiply(pool, p, int8 ? ROUNDED8 : ROUNDED4, isa, threads);
+  std::unique_ptr<float[]> codes(new (std::nothrow) float[p.rows * p.inner]);
+  if (!codes) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "linear found no memory for rounded rows");
+  rounded((const float*)p.x, codes.get(), p.rows, p.inner);
+  p.x = codes.get();
   return multiply(pool, p, int8 ? INT8 : INT4, isa, threads);
 }
 
@@ -205,4 +245,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_coded, coded,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int32_t>("isa")
-                                  .Attr<int32_t>("threads"));
+                                  .Attr<int32_t>("threads")
+                                  .Attr<int32_t>("dynamic"));

@@ -26,6 +26,8 @@ struct Kernel {
 };
 
 constexpr int COLUMNS = 4;  // rows of w that are multiplied together
+constexpr int BLOCK = 32;   // numbers of x that share a scale, where x is rounded to codes too
+constexpr float LEAST = 1.17549435e-38f;  // a smaller scale is none: the block is zeros
 constexpr int UNIT = 32;    // codes of four bits lie together: the first half in the low bits of 16 bytes
 
 extern const Kernel portable_f32, portable_bf16, portable_int8, portable_int4;
@@ -33,4 +35,5 @@ extern const Kernel portable_f32, portable_bf16, portable_int8, portable_int4;
 extern const Kernel avx2_f32, avx2_bf16, avx2_int8, avx2_int4;
 extern const Kernel avx512_f32, avx512_bf16, avx512_int8, avx512_int4;
 extern const Kernel avx512bf16_bf16;
+extern const Kernel avx512vnni_int8, avx512vnni_int4;
 #endif

@@ -36,6 +36,7 @@ struct Float : Base {
 };
 
 struct Coded : Float {
+  using Ready = X;
   static X codes(const int8_t* p) { return X{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
   static X nibbles(const uint8_t* p, int shift) {
     auto one = [shift](uint8_t byte) { return float(int(byte >> shift & 15) - 8); };

@@ -3,8 +3,9 @@
 //
 // A Type says: Elem, an element of x in memory; X, WIDTH of them ready to be multiplied; V, the sums of LANES; ROWS, how
 // many rows of x fit the registers; load, load_part (the rest are zeros), zero, step, sum4. And of w: Row, part of one
-// from some element on; weight, weight_part, WIDTH of its elements ready to be multiplied; BYTES, how far those lie
-// apart; SCALED, whether a sum is to be multiplied by its row's scale. Same and Coded say this for a Type without.
+// from some element on; weight, weight_part, WIDTH of its elements ready to be multiplied, which is a W; BYTES, how far
+// those lie apart; SCALED, whether a sum is to be multiplied by its row's scale. Same, Int8 and Int4 say this for a Type
+// without.
 #pragma once
 
 #include "linear.h"
@@ -31,25 +32,27 @@ inline int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / 
 // w is as x is.
 template <class T>
 struct Same : T {
+  using W = typename T::X;
   using Row = const typename T::Elem*;
   static constexpr int64_t BYTES = T::WIDTH * sizeof(typename T::Elem);
   static constexpr bool SCALED = false;
   static Row row(const Product& p, int64_t o, int64_t start) { return (Row)p.w + o * p.inner + start; }
   static const char* start(const Product& p, int64_t o, int64_t start) { return (const char*)row(p, o, start); }
-  static typename T::X weight(Row row, int64_t s) { return T::load(row + s * T::WIDTH); }
-  static typename T::X weight_part(Row row, int64_t s, int n) { return T::load_part(row + s * T::WIDTH, n); }
+  static W weight(Row row, int64_t s) { return T::load(row + s * T::WIDTH); }
+  static W weight_part(Row row, int64_t s, int n) { return T::load_part(row + s * T::WIDTH, n); }
 };
 
-// w is int8, x float32; T::codes(const int8_t*) widens.
+// w is int8, x float32; T::codes(const int8_t*) makes them ready.
 template <class T>
 struct Int8 : T {
+  using W = decltype(T::codes(nullptr));
   using Row = const int8_t*;
   static constexpr int64_t BYTES = T::WIDTH;
   static constexpr bool SCALED = true;
   static Row row(const Product& p, int64_t o, int64_t start) { return (Row)p.w + o * p.inner + start; }
   static const char* start(const Product& p, int64_t o, int64_t start) { return (const char*)row(p, o, start); }
-  static typename T::X weight(Row row, int64_t s) { return T::codes(row + s * T::WIDTH); }
-  static typename T::X weight_part(Row row, int64_t s, int n) {
+  static W weight(Row row, int64_t s) { return T::codes(row + s * T::WIDTH); }
+  static W weight_part(Row row, int64_t s, int n) {
     int8_t part[T::WIDTH] = {};
     for (int i = 0; i < n; i++) part[i] = row[s * T::WIDTH + i];
     return T::codes(part);
@@ -66,11 +69,12 @@ inline float from_half(uint16_t half) {
   return u.value;
 }
 
-// w is four bits a number, 0 to 15 for -8 to 7, times the scale of its group; x is float32. T::unit(const uint8_t*, scale)
-// makes numbers of a whole unit, where WIDTH is one; elsewhere T::nibbles(const uint8_t*, shift) widens WIDTH of them,
-// less 8, and T::scaled multiplies. No element is left over: rows are units.
+// w is four bits a number, 0 to 15 for -8 to 7, times the scale of its group; x is float32. Where WIDTH is of whole units
+// T::units(const uint8_t*, scales, how many) makes them ready; elsewhere T::nibbles(const uint8_t*, shift) widens WIDTH
+// of them, less 8, and T::scaled multiplies. Rows are whole units.
 template <class T>
 struct Int4 : T {
+  using W = typename T::Ready;
   struct Row {
     const uint8_t* codes;
     float scale[CHUNK_BYTES / sizeof(float) / UNIT];  // of each unit of a chunk
@@ -92,9 +96,9 @@ struct Int4 : T {
     }
     return row;
   }
-  static typename T::X weight(const Row& row, int64_t s) {
-    if constexpr (T::WIDTH == UNIT) {
-      return T::unit(row.codes + s * (UNIT / 2), row.scale[s]);
+  static W weight(const Row& row, int64_t s) {
+    if constexpr (T::WIDTH >= UNIT) {
+      return T::units(row.codes + s * (T::WIDTH / 2), row.scale + s * (T::WIDTH / UNIT), T::WIDTH / UNIT);
     } else {
       constexpr uint64_t HALF = UNIT / 2 / T::WIDTH;  // steps
       uint64_t unit = uint64_t(s) / (2 * HALF), place = uint64_t(s) % (2 * HALF);
@@ -102,15 +106,22 @@ struct Int4 : T {
       return T::scaled(T::nibbles(bytes, int(place / HALF) * 4), row.scale[unit]);
     }
   }
-  static typename T::X weight_part(const Row& row, int64_t s, int) { return weight(row, s); }
+  static W weight_part(const Row& row, int64_t s, int n) {
+    if constexpr (T::WIDTH > UNIT) {
+      return T::units(row.codes + s * (T::WIDTH / 2), row.scale + s * (T::WIDTH / UNIT), n / UNIT);
+    } else {
+      return weight(row, s);
+    }
+  }
 };
 
 template <class T>
 struct Linear {
   using Elem = typename T::Elem;
   using X = typename T::X;
+  using W = typename T::W;
   using Row = typename T::Row;
-  static constexpr int64_t WIDTH = T::WIDTH, CHUNK = CHUNK_BYTES / sizeof(X);
+  static constexpr int64_t WIDTH = T::WIDTH, CHUNK = CHUNK_BYTES / (sizeof(X) > 128 ? 256 : sizeof(X));
 
   static int64_t steps(const Product& p) { return parts(p.inner, WIDTH); }
   static int64_t tile_rows(int64_t rows) { return parts(rows, parts(rows, T::ROWS)); }
@@ -125,8 +136,10 @@ struct Linear {
 
   static size_t scratch(const Product& p) {
     int64_t length = few(p) ? steps(p) : least(steps(p), CHUNK);
-    return size_t(COLUMNS * CHUNK + block_rows(p) * length) * sizeof(X);
+    return COLUMNS * CHUNK * sizeof(W) + size_t(block_rows(p) * length) * sizeof(X);
   }
+
+  static X* ready(void* scratch) { return (X*)((W*)scratch + COLUMNS * CHUNK); }
 
   // Copies elements [start, start + length) of `rows` rows to out [rows / tile, steps, tile].
   static void pack(const Elem* from, int64_t stride, int64_t rows, int64_t tile, int64_t length, X* out) {
@@ -145,10 +158,10 @@ struct Linear {
   // R rows of x times COLUMNS rows of w over one chunk, stored to y or added to it. Meanwhile it asks memory for as much
   // of the first FETCH rows of `next`.
   template <int R, bool PACKED, int FETCH>
-  static void tile(const X* x, const X* packed, const Row* w, const char* const* next, int64_t length,
+  static void tile(const X* x, const W* packed, const Row* w, const char* const* next, int64_t length,
                    bool first, float* y, int64_t stride, int columns) {
     typename T::V sum[R][COLUMNS];
-    X v[COLUMNS];
+    W v[COLUMNS];
     EACH(r, R) EACH(c, COLUMNS) sum[r][c] = T::zero();
     int64_t full = PACKED ? parts(length, WIDTH) : length / WIDTH;
     for (int64_t s = 0; s < full; s++) {
@@ -191,7 +204,7 @@ struct Linear {
 
   // One chunk of COLUMNS rows of w, from column o on, times `rows` rows of x, which are ready. Where there are few rows
   // the first tile asks for all that the next strip will read, where there are many each of the first tiles for a row.
-  static void strip(const Product& p, const X* x, X* packed, int64_t row, int64_t rows, int64_t o,
+  static void strip(const Product& p, const X* x, W* packed, int64_t row, int64_t rows, int64_t o,
                     int64_t start) {
     Row w[COLUMNS];
     const char* next[COLUMNS];
@@ -219,7 +232,7 @@ struct Linear {
 
   static void prepare(const Product& p, void* scratch) {
     if (!few(p)) return;
-    X* x = (X*)scratch + COLUMNS * CHUNK;
+    X* x = ready(scratch);
     for (int64_t start = 0; start < p.inner; start += CHUNK * WIDTH) {
       int64_t length = least(CHUNK * WIDTH, p.inner - start);
       pack((const Elem*)p.x + start, p.inner, p.rows, tile_rows(p.rows), length, x + start / WIDTH * p.rows);
@@ -227,8 +240,8 @@ struct Linear {
   }
 
   static void columns(const Product& p, void* scratch, int64_t begin, int64_t end) {
-    X* packed = (X*)scratch;
-    X* x = packed + COLUMNS * CHUNK;
+    W* packed = (W*)scratch;
+    X* x = ready(scratch);
     if (few(p)) {
       for (int64_t o = begin; o < end; o += COLUMNS)
         for (int64_t start = 0; start < p.inner; start += CHUNK * WIDTH)
