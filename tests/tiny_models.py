@@ -24,7 +24,7 @@ BASE = {
     "vocab_size": VOCAB,
     "hidden_size": 36,
     "intermediate_size": 50,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,  # what compiles takes most of the time of a test
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -69,7 +69,7 @@ VISION = {
 GPT2 = {
     "vocab_size": VOCAB,
     "n_embd": 42,
-    "n_layer": 3,
+    "n_layer": 2,
     "n_head": 3,
     "n_positions": 64,
     "layer_norm_epsilon": 0.1,
@@ -102,6 +102,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {  # model_type -> variant -> what
         "listed": {
             "use_sliding_window": True,
             "sliding_window": WINDOW - 1,
+            "num_hidden_layers": 3,
             "layer_types": [S, F, S],
             "rope_parameters": YARN | {"truncate": False, "mscale": 0.7, "mscale_all_dim": 0.4},
         },
@@ -114,7 +115,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {  # model_type -> variant -> what
             "num_key_value_heads": 1,
             "use_sliding_window": True,
             "sliding_window": WINDOW,
-            "max_window_layers": 2,
+            "max_window_layers": 1,
             "attention_bias": True,
             "tie_word_embeddings": True,
         },
@@ -130,6 +131,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {  # model_type -> variant -> what
         "bare": {
             "head_dim": 8,
             "sliding_window": WINDOW - 1,
+            "num_hidden_layers": 3,
             "layer_types": [F, S, S],
             "query_pre_attn_scalar": 12,
             "attn_logit_softcapping": None,
@@ -141,7 +143,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {  # model_type -> variant -> what
     "gemma3_text": {
         "plain": {
             "head_dim": 10,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 3,
             "sliding_window": WINDOW,
             "sliding_window_pattern": 3,
             "query_pre_attn_scalar": 9,
@@ -150,6 +152,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {  # model_type -> variant -> what
         "capped": {
             "head_dim": 8,
             "sliding_window": WINDOW - 1,
+            "num_hidden_layers": 3,
             "layer_types": [F, S, F],
             "query_pre_attn_scalar": 6,
             "final_logit_softcapping": 3.0,
@@ -160,7 +163,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {  # model_type -> variant -> what
     "gemma3": {
         "plain": {
             "text_config": BASE
-            | {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 9, "layer_types": [S, S, F]},
+            | {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 9, "layer_types": [S, F]},
             "vision_config": VISION,
             "mm_tokens_per_image": 4,
             "image_token_index": VOCAB - 1,
@@ -180,6 +183,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {  # model_type -> variant -> what
     "smollm3": {
         "plain": {"no_rope_layer_interval": 2},
         "windows": {
+            "num_hidden_layers": 3,
             "no_rope_layers": [1, 0, 0],
             "use_sliding_window": True,
             "sliding_window": WINDOW,
@@ -201,7 +205,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {  # model_type -> variant -> what
             "tie_word_embeddings": False,
         },
         "long": GPT2 | {"n_positions": 96, "n_inner": 57},
-        "unscaled": GPT2 | {"scale_attn_weights": False, "n_head": 6, "n_layer": 2},
+        "unscaled": GPT2 | {"scale_attn_weights": False, "n_head": 6},
     },
 }
 OWN_SIZES = ("gpt2", "gemma3")  # do not take BASE

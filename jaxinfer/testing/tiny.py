@@ -12,7 +12,7 @@ from jaxinfer.models import param_shapes
 
 
 def tiny_config(
-    *, num_layers: int = 3, vocab_size: int = 101, width: int = 36, dtype="float32", **layer: Any
+    *, num_layers: int = 2, vocab_size: int = 101, width: int = 36, dtype="float32", **layer: Any
 ) -> ModelConfig:
     """Odd sizes that no mesh divides, grouped heads, H not D / N; `layer` overrides fields of every LayerSpec."""
     fields: dict[str, Any] = {

@@ -142,7 +142,7 @@ def test_a_fingerprint_names_sizes_and_weights_but_not_their_dtype():
     digest = hashlib.sha256(
         np.asarray(rounded["norm"]["scale"]).tobytes() + np.asarray(rounded["embed"][:16]).tobytes()
     )
-    assert name == f"D36-V101-L3-{digest.hexdigest()[:12]}"
+    assert name == f"D36-V101-L2-{digest.hexdigest()[:12]}"
     assert models.fingerprint(rounded, config.replace(dtype="bfloat16")) == name
     assert models.fingerprint(target | {"embed": target["embed"].at[3, 3].add(1)}, config) != name
     assert models.fingerprint(target | {"norm": {"scale": target["norm"]["scale"] * 2}}, config) != name
@@ -163,10 +163,10 @@ def test_a_fingerprint_is_the_same_on_a_mesh_that_pads_the_vocabulary():
 
 def test_a_saved_head_comes_back(both, tmp_path):
     _, _, params, config, _ = both
-    weights.save_head(tmp_path / "head", params, config, "D36-V101-L3-0123456789ab")
+    weights.save_head(tmp_path / "head", params, config, "D36-V101-L2-0123456789ab")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "head", "model.safetensors"]
     found, found_config, target = weights.load_head(tmp_path / "head")
-    assert found_config == config.replace(dtype="bfloat16") and target == "D36-V101-L3-0123456789ab"
+    assert found_config == config.replace(dtype="bfloat16") and target == "D36-V101-L2-0123456789ab"
     assert jax.tree.structure(found) == jax.tree.structure(params)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), found, params)
     found, found_config, _ = weights.load_head(tmp_path / "head", jnp.float32)

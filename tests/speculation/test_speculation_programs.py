@@ -25,8 +25,13 @@ CONFIG = tiny_config(
     num_layers=2, vocab_size=1009, width=352, ffn_width=832, num_heads=6, num_kv_heads=3, head_width=64
 )
 SMALL = tiny_config(num_layers=1, vocab_size=1009, width=224, ffn_width=544, num_heads=5, num_kv_heads=5, head_width=32)
-CASES = [(draft, shape) for draft in ("model", "head", "layers") for shape in ("chain", "tree", "adaptive")]
-CASES += [("ngram", "chain")]
+SHAPES = {"model": ("chain", "tree", "adaptive"), "head": ("tree",), "layers": ("adaptive",), "ngram": ("chain",)}
+CASES = [
+    pytest.param(draft, shape, marks=() if shape in usual else pytest.mark.full)
+    for draft, usual in SHAPES.items()
+    for shape in SHAPES["model"]
+    if draft != "ngram" or shape != "tree"
+]
 
 
 def draft_of(kind):
