@@ -111,7 +111,7 @@ class Read:
         return min(max(BLOCK // self.page, 1), self.table.shape[1])
 
     @property
-    def plain(self) -> None:
+    def kept(self) -> None:
         """See `Source`: it lies in pages."""
         return None
 

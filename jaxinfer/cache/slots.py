@@ -50,13 +50,20 @@ class Slots(LayerCache):
 
 
 def look(q: jax.Array, sources: list[Source], spec: LayerSpec, step: Step) -> jax.Array:
-    """Attention of q [B, T, N, H] over one source or several; plainly where that is one of plain numbers, and small."""
-    branches, plain = branches_of(step), sources[0].plain if len(sources) == 1 else None
-    if plain is not None:
-        (B, T, N, _), (k, v, slot) = q.shape, plain
-        if T == 1 or B * N * T * k.shape[2] <= SCORES:
-            return ops.attend(q, k, v, step.position, spec, branches, slot)
-    return ops.attend_looks([Look(q, source) for source in sources], step.position, spec, branches)
+    """Attention of q [B, T, N, H] over one source or several: by a kernel, plainly where small, or block by block."""
+    branches = branches_of(step)
+
+    def plainly(q: jax.Array, position: jax.Array, *sources: Source) -> jax.Array:
+        kept = sources[0].kept if len(sources) == 1 else None
+        if kept is not None and kept.scales is None:
+            B, T, N, _ = q.shape
+            if T == 1 or B * N * T * kept.k.shape[2] <= SCORES:
+                return ops.attend(q, kept.k, kept.v, position, spec, branches, kept.slot)
+        return ops.attend_looks([Look(q, source) for source in sources], position, spec, branches)
+
+    if len(sources) == 1 and branches is None and ops.has_kernel(q, sources[0]):
+        return ops.attend_kernel(plainly, q, sources[0], step.position, spec)
+    return plainly(q, step.position, *sources)
 
 
 def branches_of(step: Step) -> Any:

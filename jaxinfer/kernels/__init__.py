@@ -7,8 +7,22 @@ the two is taken:
         logits, cache = forward(params, config, ids, cache)
 """
 
+from jaxinfer.kernels.attention import Kept, Rule, attended
 from jaxinfer.kernels.choice import KernelChoice, choice, use
-from jaxinfer.kernels.cpu import BLOCK, UNIT
 from jaxinfer.kernels.memory import cache_dtype, free_memory, host_memory, packs_int4
+from jaxinfer.kernels.products import BLOCK, UNIT
 
-__all__ = ["BLOCK", "UNIT", "KernelChoice", "cache_dtype", "choice", "free_memory", "host_memory", "packs_int4", "use"]
+__all__ = [
+    "BLOCK",
+    "UNIT",
+    "Kept",
+    "KernelChoice",
+    "Rule",
+    "attended",
+    "cache_dtype",
+    "choice",
+    "free_memory",
+    "host_memory",
+    "packs_int4",
+    "use",
+]

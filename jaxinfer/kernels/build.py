@@ -22,6 +22,7 @@ AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl")
 UNITS = {  # each instruction set is a file with flags of its own; which one runs is chosen at run time
     "linear.cc": (),
+    "attention.cc": (),
     "portable.cc": (),
     "avx2.cc": AVX2,
     "avx512.cc": AVX512,
@@ -75,7 +76,7 @@ def key(compiler: str) -> str:
     digest = hashlib.sha256(repr(parts).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    return f"linear-{digest.hexdigest()[:20]}"
+    return f"kernels-{digest.hexdigest()[:20]}"
 
 
 def units() -> dict[str, tuple[str, ...]]:

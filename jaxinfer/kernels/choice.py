@@ -9,45 +9,63 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.kernels import cpu
+from jaxinfer.kernels import attention, native, products
+from jaxinfer.kernels.attention import Kept
 
-LINEAR = ("auto", "cpu", "reference")
+KERNELS = ("auto", "cpu", "reference")
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelChoice:
-    """Which kernel each operation takes; `reference` is the plain product of `ops`, which XLA compiles.
+    """Which kernel each operation takes; `reference` is the plain form of `ops`, which XLA compiles.
 
-    linear: "auto" is the CPU kernel where the default backend is the CPU and the kernel can be built (otherwise one
-    line says why it cannot); "cpu" insists on it, and a program that would not have it is an error; "reference" is
-    XLA's product. In programs for other platforms all three are XLA's product.
+    "auto" is the CPU kernel where the default backend is the CPU and the kernel can be built (otherwise one line says
+    why it cannot); "cpu" insists on it, and a program that would not have it is an error. In programs for other
+    platforms all three are the plain form.
+
+    linear: products with weights. attention: of up to `attention.FEW` queries a row to a cache in float32, bfloat16 or
+    int8; of more the plain form makes products.
     """
 
     linear: str = "auto"
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.linear not in LINEAR:
-            raise ValueError(f"linear={self.linear!r} names no kernel: the choices are {', '.join(LINEAR)}")
+        for field in dataclasses.fields(self):
+            name = getattr(self, field.name)
+            if name not in KERNELS:
+                raise ValueError(f"{field.name}={name!r} names no kernel: the choices are {', '.join(KERNELS)}")
 
     def product(self, x: Array, *w: Array) -> Callable[..., Array] | None:
         """The kernel that multiplies x [M, I] with w [O, I], called as (twin, dynamic, x, *w); None: the plain twin.
 
-        w may be codes and their scales, see `cpu.linear`. Only shapes and dtypes are looked at. RuntimeError where
-        linear="cpu" cannot be kept.
+        w may be codes and their scales, see `products.linear`. Only shapes and dtypes are looked at. RuntimeError
+        where linear="cpu" cannot be kept.
         """
-        if self.linear == "reference" or (self.linear == "auto" and jax.default_backend() != "cpu"):
-            return None
-        reason, remedy = unknown(x, *w), "use float32 or bfloat16 for both"
-        if reason is None and partitioned(x, *w):
+        reason = unknown(x, *w)
+        return products.product if self.taken("linear", reason, "use float32 or bfloat16 for both", x, *w) else None
+
+    def attends(self, q: Array, kept: Kept) -> bool:
+        """Whether `attention.attended` is to look with q [B, T, N, H] at what is kept, on each device of a mesh.
+
+        Only shapes and dtypes are looked at. RuntimeError where attention="cpu" cannot be kept.
+        """
+        remedy = "use a cache of float32, bfloat16 or int8"
+        return q.shape[1] <= attention.FEW and self.taken("attention", attention.unknown(kept), remedy, q, kept.k)
+
+    def taken(self, field: str, reason: str | None, remedy: str, *arrays: Array) -> bool:
+        """Whether the CPU kernel is; `reason` says why these arrays are not for it. RuntimeError where it must be."""
+        name = getattr(self, field)
+        if name == "reference" or (name == "auto" and jax.default_backend() != "cpu"):
+            return False
+        if reason is None and (varying(*arrays) if field == "attention" else partitioned(*arrays)):
             reason, remedy = "a mesh is set, and XLA cannot split a kernel", "use it in shard_map(check_vma=False)"
         if reason is None:
-            reason, remedy = cpu.unavailable(), "install g++ or clang++"
-        if reason is None:
-            return cpu.product
-        if self.linear == "cpu":
-            raise RuntimeError(f"linear='cpu' is not to be had: {reason}: {remedy}, or choose linear='auto'")
-        return None
+            reason, remedy = native.unavailable(), "install g++ or clang++"
+        if reason is not None and name == "cpu":
+            raise RuntimeError(f"{field}='cpu' is not to be had: {reason}: {remedy}, or choose {field}='auto'")
+        return reason is None
 
 
 def unknown(x: Array, w: Array, scale: Array | None = None) -> str | None:
@@ -58,7 +76,7 @@ def unknown(x: Array, w: Array, scale: Array | None = None) -> str | None:
         known = x.dtype == scale.dtype == jnp.float32
     else:
         known = (x.dtype, w.dtype, scale.dtype) == (jnp.float32, jnp.uint8, jnp.float16)
-        known = known and x.shape[1] % (scale.shape[1] * cpu.UNIT) == 0
+        known = known and x.shape[1] % (scale.shape[1] * products.UNIT) == 0
     return None if known else f"it multiplies no {x.dtype} with {w.dtype}"
 
 
@@ -70,7 +88,12 @@ def partitioned(*arrays: Array) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return False
-    return not mesh.are_all_axes_manual or any(jax.typeof(a).manual_axis_type.varying for a in arrays)
+    return not mesh.are_all_axes_manual or varying(*arrays)
+
+
+def varying(*arrays: Array) -> bool:
+    """Whether these are a device's part, and of a type that says along which axes it differs."""
+    return any(jax.typeof(a).manual_axis_type.varying for a in arrays)
 
 
 # JAX keeps it in the key of its caches: a jitted function is traced anew under another choice.

@@ -8,7 +8,9 @@ from jaxinfer.ops.attention import (
     Source,
     attend,
     attend_blockwise,
+    attend_kernel,
     attend_looks,
+    has_kernel,
     spread,
     unfold,
 )
@@ -18,6 +20,6 @@ from jaxinfer.ops.norm import norm
 from jaxinfer.ops.rope import angles, rotate, turn_back
 
 __all__ = [
-    "MASKED", "PAST", "Held", "Look", "Source", "angles", "attend", "attend_blockwise", "attend_looks", "dot", "embed",
-    "linear", "mlp", "norm", "rotate", "spread", "turn_back", "unfold",
+    "MASKED", "PAST", "Held", "Look", "Source", "angles", "attend", "attend_blockwise", "attend_kernel", "attend_looks",
+    "dot", "embed", "has_kernel", "linear", "mlp", "norm", "rotate", "spread", "turn_back", "unfold",
 ]  # fmt: skip

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxinfer import mesh
+from jaxinfer import kernels, mesh
 from jaxinfer.config import LayerSpec
 from jaxinfer.ops.linear import dot
 from jaxinfer.quantization import Codes, Plain
@@ -57,8 +57,8 @@ class Source(Protocol):
         ...
 
     @property
-    def plain(self) -> tuple[jax.Array, jax.Array, jax.Array | None] | None:
-        """(k, v [B, K, S, H], slot) as `attend` takes them, where it is nothing but these."""
+    def kept(self) -> kernels.Kept | None:
+        """The same, where it lies in arrays of a token a slot."""
         ...
 
     def blocks(self, past: jax.Array) -> jax.Array:
@@ -95,16 +95,19 @@ class Held:
         return self.replace(k=self.k.letters(word), v=self.v.letters(word), slot=slot)  # type: ignore[attr-defined]
 
     @property
-    def plain(self) -> tuple[jax.Array, jax.Array, jax.Array | None] | None:
+    def kept(self) -> kernels.Kept | None:
         """See `Source`."""
-        k, v = self.k.array, self.v.array
-        return None if k is None or v is None else (k, v, self.slot)
+        if self.k.flat is None or self.v.flat is None:
+            return None
+        (k, k_scale), (v, v_scale) = self.k.flat, self.v.flat
+        return kernels.Kept(k, v, None if k_scale is None or v_scale is None else (k_scale, v_scale), self.slot)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(U, units of a block)."""
         units = jax.tree.leaves(self.k)[0].shape[2]
-        size = self.size if self.k.array is not None else min(self.size, DECODED)
+        whole = self.kept is not None and self.kept.scales is None
+        size = self.size if whole else min(self.size, DECODED)
         return units, min(units, max(size // self.k.tokens, 1))
 
     def blocks(self, past: jax.Array) -> jax.Array:
@@ -243,6 +246,31 @@ def see(
         return seen.more(scores(queries(q, k.dtype, k.shape[1]), k, shown, spec), v)
 
     return jax.lax.fori_loop(0, source.blocks(past), body, seen)
+
+
+# --- by a kernel ---------------------------------------------------------------------------------------------------
+
+
+def has_kernel(q: jax.Array, source: Source) -> bool:
+    """Whether `kernels.choice()` names one for queries [B, T, N, H] and a source; there is none for a split S."""
+    kept = source.kept
+    split = mesh.size_of("S") > 1 and "S" in "".join(jax.tree.leaves(source.letters()))
+    return kept is not None and not split and kernels.choice().attends(q, kept)
+
+
+def attend_kernel(
+    plain: Callable[..., jax.Array], q: jax.Array, source: Source, position: jax.Array, spec: LayerSpec
+) -> jax.Array:
+    """`attend` over a source that `has_kernel`: each device looks with its heads of q [B, T, N, H] at its part.
+
+    plain(q, position, source): what a platform without the kernel does.
+    """
+    rule = kernels.Rule(spec.scale, spec.softcap, spec.window)
+
+    def local(q: jax.Array, position: jax.Array, source: Source) -> jax.Array:
+        return kernels.attended(plain, rule, q, position, source)
+
+    return mesh.shard_map(local, ("BTNH", "BT", source.letters()), "BTNH")(q, position, source)
 
 
 # --- what both are made of -----------------------------------------------------------------------------------------

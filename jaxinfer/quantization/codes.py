@@ -21,7 +21,6 @@ class Codes(abc.ABC):
     """Vectors of H numbers in some form. A form is a frozen struct of arrays [..., (units of) vectors, ...]."""
 
     tokens = 1  # vectors that are coded together
-    array: jax.Array | None = None  # the numbers, where they are kept as such
 
     @property
     @abc.abstractmethod
@@ -35,6 +34,11 @@ class Codes(abc.ABC):
     @abc.abstractmethod
     def decode(self) -> jax.Array:
         """What the codes say: what `encode` was given, nearly."""
+
+    @property
+    def flat(self) -> tuple[jax.Array, jax.Array | None] | None:
+        """Numbers or codes [..., H], and what scales each vector of them, where that is all there is."""
+        return None
 
     @abc.abstractmethod
     def letters(self, word: str) -> Codes:
@@ -53,11 +57,6 @@ class Plain(Codes):
         return cls(jnp.zeros((*shape, H), dtype))
 
     @property
-    def array(self) -> jax.Array:  # type: ignore[override]
-        """See `Codes`."""
-        return self.x
-
-    @property
     def dtype(self) -> jnp.dtype:
         """See `Codes`."""
         return self.x.dtype
@@ -69,6 +68,11 @@ class Plain(Codes):
     def decode(self) -> jax.Array:
         """See `Codes`."""
         return self.x
+
+    @property
+    def flat(self) -> tuple[jax.Array, None]:
+        """See `Codes`."""
+        return self.x, None
 
     def letters(self, word: str) -> Plain:
         """See `Codes`."""
@@ -115,6 +119,11 @@ class Scaled(Codes):
         float8 = self.codes.dtype == jnp.uint8
         code = jax.lax.bitcast_convert_type(self.codes, FLOAT8) if float8 else self.codes
         return (code.astype(jnp.float32) * self.scale[..., None]).astype(self.kind)
+
+    @property
+    def flat(self) -> tuple[jax.Array, jax.Array]:
+        """See `Codes`."""
+        return self.codes, self.scale
 
     def letters(self, word: str) -> Scaled:
         """See `Codes`."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxinfer.kernels import build, cpu
+from jaxinfer.kernels import build, native
 
 
 @pytest.fixture(scope="session")
@@ -10,5 +10,5 @@ def kernels_are_built():
     """The kernels are there. Skipped only where no compiler is; a compiler that fails is a failure."""
     if build.find_compiler() is None:
         pytest.skip("NO C++ COMPILER ON THIS MACHINE: the CPU kernels were not tested at all (install g++ or clang++)")
-    reason = cpu.unavailable()
+    reason = native.unavailable()
     assert reason is None, reason

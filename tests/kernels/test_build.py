@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from jaxinfer import kernels, ops
-from jaxinfer.kernels import build, cpu
+from jaxinfer.kernels import build, native
 
 ROOT = pathlib.Path(__file__).parents[2]
 MULTIPLY = """
 import jax, jax.numpy as jnp
 from jaxinfer import ops
-from jaxinfer.kernels import build, cpu
+from jaxinfer.kernels import build, native
 {before}
 y = jax.jit(lambda x, w: ops.linear(x, w, "BTD,FD->BTF"))(jnp.ones((2, 1, 300)), jnp.ones((5, 300)))
 assert (y == 300).all(), y
-print(cpu.unavailable(), {after})
+print(native.unavailable(), {after})
 """
 
 
@@ -73,7 +73,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)"""
 @pytest.fixture
 def unbuilt(monkeypatch, tmp_path):
     """As in a process that has not looked for the kernels yet, with an empty cache."""
-    monkeypatch.setattr(cpu, "_load", functools.cache(cpu._load.__wrapped__))
+    monkeypatch.setattr(native, "_load", functools.cache(native._load.__wrapped__))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path
 
@@ -84,11 +84,11 @@ def multiplies_plainly(caplog):
         for rows in (1, 2):
             function = jax.jit(lambda x, w: ops.linear(x, w, "BTD,FD->BTF"))
             x, w = jnp.ones((rows, 1, 30)), jnp.ones((5, 30))
-            assert cpu.TARGET not in function.lower(x, w).as_text()
+            assert native.LINEAR not in function.lower(x, w).as_text()
             np.testing.assert_array_equal(function(x, w), np.full((rows, 1, 5), 30))
     (record,) = caplog.records
     line = record.getMessage()
-    assert "\n" not in line and "Products go through XLA, at about half the speed" in line
+    assert "\n" not in line and "Products and attention go through XLA, at about half the speed" in line
     return line
 
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxinfer import kernels, ops
-from jaxinfer.kernels import KernelChoice, cpu
+from jaxinfer.kernels import KernelChoice, native
 
 X, W = jnp.ones((2, 1, 8)), jnp.ones((4, 8))
 
@@ -17,7 +17,7 @@ def product(x, w):
 
 
 def uses_the_kernel(function=product, x=X, w=W):
-    return cpu.TARGET in jax.jit(lambda *args: function(*args)).lower(x, w).as_text()  # a new function: traced anew
+    return native.LINEAR in jax.jit(lambda *args: function(*args)).lower(x, w).as_text()  # a new function: traced anew
 
 
 @pytest.mark.usefixtures("kernels_are_built")
@@ -33,13 +33,13 @@ def test_another_choice_traces_a_program_anew():
     for name in ("auto", "reference", "auto", "cpu", "reference"):
         with kernels.use(KernelChoice(linear=name)):
             np.testing.assert_array_equal(outer(X, W), np.full((2, 1, 4), 8))
-            assert (cpu.TARGET in outer.lower(X, W).as_text()) == (name != "reference")
+            assert (native.LINEAR in outer.lower(X, W).as_text()) == (name != "reference")
     assert traced == ["auto", "reference", "cpu"]
     assert kernels.choice() == KernelChoice()
 
 
 def test_a_kernel_that_is_not_there_is_an_error_only_when_asked_for_by_name(monkeypatch):
-    monkeypatch.setattr(cpu, "unavailable", lambda: "no compiler")
+    monkeypatch.setattr(native, "unavailable", lambda: "no compiler")
     assert not uses_the_kernel()
     asked = kernels.use(KernelChoice(linear="cpu"))
     with asked, pytest.raises(RuntimeError, match=r"^linear='cpu' is not to be had: no compiler: install g\+\+ .*"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import kernels, ops, program
-from jaxinfer.kernels import KernelChoice, cpu
+from jaxinfer.kernels import KernelChoice, native, products
 from jaxinfer.ops.linear import plain
 from jaxinfer.quantization import Int4, Int8, rounded
 
@@ -24,12 +24,12 @@ ROWS = [*range(1, 14), 18, 23, 24, 25, 31, 32, 33, 64, 70, 129, 200]
 
 @pytest.fixture
 def isa(request):
-    if request.param not in cpu.isas():
+    if request.param not in native.isas():
         pytest.skip(f"this machine has no {request.param}")
     return request.param
 
 
-EVERY_ISA = pytest.mark.parametrize("isa", cpu.ISAS, indirect=True)
+EVERY_ISA = pytest.mark.parametrize("isa", native.ISAS, indirect=True)
 
 
 def arrays(shape, dtype, seed=0):
@@ -53,7 +53,7 @@ def exact(x, w):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_kernel_is_its_plain_twin(shape, dtype, isa):
     x, w = arrays(shape, dtype)
-    got = cpu.linear(x, w, isa)
+    got = products.linear(x, w, isa)
     truth, size = exact(x, w)
     assert got.dtype == jnp.float32
     assert (np.abs(got - truth) <= 1e-6 * size).all()
@@ -64,7 +64,7 @@ def test_the_kernel_is_its_plain_twin(shape, dtype, isa):
 def test_every_number_of_rows_is_its_plain_twin(dtype):
     x, w = arrays((70, 96, 24), dtype)
     truth, size = exact(x, w)
-    whole = jax.jit(lambda x: [cpu.linear(x[:rows], w) for rows in range(1, 71)])(x)
+    whole = jax.jit(lambda x: [products.linear(x[:rows], w) for rows in range(1, 71)])(x)
     for rows, got in enumerate(whole, 1):
         assert (np.abs(got - truth[:rows]) <= 1e-6 * size[:rows]).all()
 
@@ -75,10 +75,10 @@ def test_infinities_and_nans_stay_in_their_rows(dtype, isa):
     x, w = arrays((9, 65, 7), dtype)
     w = jnp.abs(w) + 1
     x = x.at[2].set(jnp.inf).at[5, 64].set(-jnp.inf).at[7, 30].set(jnp.nan)
-    got = np.asarray(cpu.linear(x, w, isa))
+    got = np.asarray(products.linear(x, w, isa))
     assert (got[2] == np.inf).all() and (got[5] == -np.inf).all() and np.isnan(got[7]).all()
     rest = [0, 1, 3, 4, 6, 8]
-    np.testing.assert_array_equal(got[rest], cpu.linear(x[jnp.array(rest)], w, isa))
+    np.testing.assert_array_equal(got[rest], products.linear(x[jnp.array(rest)], w, isa))
     assert np.isfinite(got[rest]).all()
 
 
@@ -89,7 +89,7 @@ def test_denormal_numbers_count_or_count_as_zero_where_it_says_so(dtype, isa):
     x *= 2.0**-130
     x, w = jnp.asarray(x, dtype), jnp.asarray(w * 2.0**20, dtype)
     truth, size = exact(np.asarray(x).astype(np.float64), w)
-    error = np.abs(np.asarray(cpu.linear(x, w, isa), np.float64) - truth)
+    error = np.abs(np.asarray(products.linear(x, w, isa), np.float64) - truth)
     lost = dtype == jnp.bfloat16 and isa == "avx512bf16"
     flushed = np.finfo(np.float32).tiny * np.abs(np.asarray(w, np.float64)).sum(1)  # each input was less than tiny
     assert (error <= (flushed if lost else 1e-6 * size + np.finfo(np.float32).smallest_subnormal)).all()
@@ -99,14 +99,14 @@ def test_denormal_numbers_count_or_count_as_zero_where_it_says_so(dtype, isa):
 def test_an_empty_product_is_zeros(dtype):
     for shape in [(0, 5, 3), (3, 0, 2), (3, 4, 0)]:
         x, w = arrays(shape, dtype)
-        np.testing.assert_array_equal(cpu.linear(x, w), np.zeros((shape[0], shape[2])))
+        np.testing.assert_array_equal(products.linear(x, w), np.zeros((shape[0], shape[2])))
 
 
 def test_what_it_cannot_multiply_is_refused():
     with pytest.raises(Exception, match="two float32 or two bfloat16"):
-        cpu.linear(jnp.ones((2, 3)), jnp.ones((4, 3), jnp.bfloat16))
+        products.linear(jnp.ones((2, 3)), jnp.ones((4, 3), jnp.bfloat16))
     with pytest.raises(Exception, match=r"x \[M, I\] and w \[O, I\]"):
-        cpu.linear(jnp.ones((2, 3)), jnp.ones((4, 5)))
+        products.linear(jnp.ones((2, 3)), jnp.ones((4, 5)))
 
 
 # --- weights in codes ----------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def in_codes(w, form):
 
 
 def coded(x, leaf, isa=None, threads=None, dynamic=False):
-    return cpu.linear(x, leaf.codes, isa, threads, scale=leaf.scale, dynamic=dynamic)
+    return products.linear(x, leaf.codes, isa, threads, scale=leaf.scale, dynamic=dynamic)
 
 
 @FORMS
@@ -191,7 +191,7 @@ def test_scales_of_any_float16_are_read_rightly(isa):
     codes = jnp.full((1, 16 * len(halves)), 0x99, jnp.uint8)  # every code is 9: one times the scale
     x = jnp.eye(len(halves)).repeat(32, 1) / 32
     np.testing.assert_array_equal(
-        cpu.linear(x, codes, isa, scale=jnp.asarray(scale))[:, 0], scale[0].astype(np.float32)
+        products.linear(x, codes, isa, scale=jnp.asarray(scale))[:, 0], scale[0].astype(np.float32)
     )
 
 
@@ -200,10 +200,10 @@ def test_codes_that_it_cannot_multiply_are_refused():
     half = jnp.ones((4, 2), jnp.float16)
     for codes, scale in ((int8, half), (int4, jnp.ones(4)), (jnp.ones((4, 64)), jnp.ones(4))):
         with pytest.raises(Exception, match="int8 with float32 scales, or uint8 with float16"):
-            cpu.linear(x, codes, scale=scale)
+            products.linear(x, codes, scale=scale)
     for codes, scale in ((int8, jnp.ones(3)), (int4, half[:3]), (int4, jnp.ones((4, 4), jnp.float16))):
         with pytest.raises(Exception, match=r"w \[O, I\] and scale \[O\]"):
-            cpu.linear(x, codes, scale=scale)
+            products.linear(x, codes, scale=scale)
 
 
 # --- a row's bits are its own --------------------------------------------------------------------------------------
@@ -213,8 +213,8 @@ def test_codes_that_it_cannot_multiply_are_refused():
 @EVERY_ISA
 def test_a_row_has_the_same_bits_whatever_the_number_of_rows(dtype, isa):
     x, w = arrays((512, 1093, 43), dtype)
-    whole = np.asarray(cpu.linear(x, w, isa))
-    for rows, got in zip(ROWS, jax.jit(lambda x: [cpu.linear(x[-n:], w, isa) for n in ROWS])(x), strict=True):
+    whole = np.asarray(products.linear(x, w, isa))
+    for rows, got in zip(ROWS, jax.jit(lambda x: [products.linear(x[-n:], w, isa) for n in ROWS])(x), strict=True):
         np.testing.assert_array_equal(got, whole[-rows:])
 
 
@@ -223,10 +223,10 @@ def test_a_row_has_the_same_bits_whatever_the_number_of_rows(dtype, isa):
 @pytest.mark.parametrize("rows", [1, 5, 300])
 def test_a_row_has_the_same_bits_whatever_the_number_of_threads(rows, dtype, isa):
     x, w = arrays((rows, 1093, 203), dtype)
-    alone = np.asarray(cpu.linear(x, w, isa, threads=1))
+    alone = np.asarray(products.linear(x, w, isa, threads=1))
     for threads in (None, 2, 3, 7, 64):
         for _ in range(3):
-            np.testing.assert_array_equal(cpu.linear(x, w, isa, threads), alone)
+            np.testing.assert_array_equal(products.linear(x, w, isa, threads), alone)
 
 
 @DTYPES
@@ -333,10 +333,10 @@ def test_the_program_is_one_call_and_moves_what_it_reads_and_writes(dtype, rows)
     compiled = function.lower(*shapes).compile()
     assert program.kernels(compiled) == {"custom-call": 1}
     assert program.bytes_moved(compiled) == (rows * 64 + 96 * 64) * jnp.dtype(dtype).itemsize + rows * 96 * 4
-    assert cpu.TARGET in compiled.as_text()
+    assert native.LINEAR in compiled.as_text()
 
 
 def test_a_program_for_another_platform_has_the_plain_product():
     function, shapes = lowered(jnp.float32)
     there = jax.export.export(function, platforms=["cuda"])(*shapes).mlir_module()
-    assert cpu.TARGET not in there and "stablehlo.dot_general" in there
+    assert native.LINEAR not in there and "stablehlo.dot_general" in there

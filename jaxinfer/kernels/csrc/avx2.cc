@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "tile.h"
+#include "attend.h"
 
 namespace {
 
@@ -62,4 +62,7 @@ const Kernel avx2_f32 = Linear<Same<Float>>::kernel();
 const Kernel avx2_bf16 = Linear<Same<Half>>::kernel();
 const Kernel avx2_int8 = Linear<Int8<Coded>>::kernel();
 const Kernel avx2_int4 = Linear<Int4<Coded>>::kernel();
+const Attender avx2_attend_f32 = Attend<Float>::attender();
+const Attender avx2_attend_bf16 = Attend<Half>::attender();
+const Attender avx2_attend_int8 = Attend<Bytes<Coded>>::attender();
 #endif

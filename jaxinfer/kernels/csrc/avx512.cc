@@ -1,5 +1,6 @@
 // Sixteen lanes; bfloat16 is widened to float32. Compiled with -mavx512f -mavx512bw -mavx512vl -mfma.
 #if defined(__x86_64__)
+#include "attend.h"
 #include "avx512.h"
 
 namespace {
@@ -59,4 +60,7 @@ const Kernel avx512_f32 = Linear<Same<Float>>::kernel();
 const Kernel avx512_bf16 = Linear<Same<Half>>::kernel();
 const Kernel avx512_int8 = Linear<Int8<Coded>>::kernel();
 const Kernel avx512_int4 = Linear<Int4<Unit>>::kernel();
+const Attender avx512_attend_f32 = Attend<Float>::attender();
+const Attender avx512_attend_bf16 = Attend<Half>::attender();
+const Attender avx512_attend_int8 = Attend<Bytes<Coded>>::attender();
 #endif

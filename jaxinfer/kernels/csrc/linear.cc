@@ -1,17 +1,9 @@
-// The XLA FFI handler: which kernel, how many threads, who does which columns.
-#include <atomic>
-#include <condition_variable>
-#include <cstdlib>
+// The XLA FFI handlers of products: which kernel, how many threads, who does which columns.
 #include <memory>
-#include <mutex>
 #include <new>
 
 #include "linear.h"
-#include "xla/ffi/api/ffi.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "machine.h"
 
 namespace ffi = xla::ffi;
 
@@ -20,24 +12,6 @@ namespace {
 constexpr int64_t SMALL_BYTES = 256 * 1024;  // of w, and
 constexpr int64_t SMALL_WORK = 1 << 20;      // multiplications, that are done before a second thread wakes up
 constexpr int64_t FEW_ROWS = 32;             // the time goes into reading w
-
-enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3 };
-
-int32_t best_isa() {
-#if defined(__x86_64__)
-  static const int32_t best = [] {
-    __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) return AVX512BF16;
-    return avx512 ? AVX512 : avx2 ? AVX2 : PORTABLE;
-  }();
-  return best;
-#else
-  return PORTABLE;
-#endif
-}
 
 // What w is kept in.
 enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, ROUNDED8 = 4, ROUNDED4 = 5 };
@@ -55,36 +29,6 @@ const Kernel& choose(int32_t isa, Form form) {
 #endif
   static const Kernel* const portable[] = {&portable_f32, &portable_bf16, &portable_int8, &portable_int4};
   return *portable[form];
-}
-
-// XLA's threads do not all round and flush alike, and bits must not depend on who works them out: IEEE, in every one.
-class Rounding {
- public:
-#if defined(__x86_64__)
-  Rounding() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~Rounding() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
-#elif defined(__aarch64__)
-  Rounding() {
-    asm volatile("mrs %0, fpcr" : "=r"(before_));
-    asm volatile("msr fpcr, %0" ::"r"(uint64_t(0)));
-  }
-  ~Rounding() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
-
- private:
-  uint64_t before_;
-#endif
-};
-
-bool has_vnni() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return best_isa() >= AVX512 && __builtin_cpu_supports("avx512vnni");
-#else
-  return false;
-#endif
 }
 
 // Rows of x as what their codes say: to the nearest of -127 to 127 times a scale that BLOCK neighbours share.
@@ -109,50 +53,22 @@ void rounded(const float* x, float* out, int64_t rows, int64_t inner) {
     }
 }
 
-// One product, cut into blocks of columns that any thread may take. A thread of the pool that comes late finds no block
-// left and touches nothing; the caller waits only for blocks that somebody is at work on, so it cannot wait forever,
-// be the pool busy, or itself one of the pool's threads.
-struct Job {
-  Product product;
-  const Kernel* kernel;
-  int64_t block, blocks;
-  std::atomic<int64_t> next{0}, done{0};
-  std::atomic<bool> failed{false};
-  std::mutex mutex;
-  std::condition_variable finished;
+class Multiplication : public Job {
+ public:
+  Multiplication(const Product& product, const Kernel& kernel, int64_t columns)
+      : Job((product.outer + columns - 1) / columns), product_(product), kernel_(kernel), columns_(columns) {}
 
-  void work() {
-    int64_t mine = next.fetch_add(1);
-    if (mine >= blocks) return;
-    Rounding rounding;
-    size_t bytes = (kernel->scratch(product) + 63) / 64 * 64;
-    void* scratch = std::aligned_alloc(64, bytes);
-    if (scratch) kernel->prepare(product, scratch);
-    for (; mine < blocks; mine = next.fetch_add(1)) {
-      int64_t begin = mine * block, end = begin + block;
-      if (end > product.outer) end = product.outer;
-      if (scratch)
-        kernel->columns(product, scratch, begin, end);
-      else
-        failed = true;
-      if (done.fetch_add(1) + 1 == blocks) {
-        std::lock_guard<std::mutex> lock(mutex);
-        finished.notify_one();
-      }
-    }
-    std::free(scratch);
+ private:
+  size_t scratch() override { return kernel_.scratch(product_); }
+  void prepare(void* scratch) override { kernel_.prepare(product_, scratch); }
+  void block(int64_t index, void* scratch) override {
+    int64_t begin = index * columns_, end = begin + columns_;
+    kernel_.columns(product_, scratch, begin, end < product_.outer ? end : product_.outer);
   }
 
-  void wait() {
-    for (int spin = 0; spin < 4000; spin++) {
-      if (done.load() == blocks) return;
-#if defined(__x86_64__)
-      _mm_pause();
-#endif
-    }
-    std::unique_lock<std::mutex> lock(mutex);
-    finished.wait(lock, [this] { return done.load() == blocks; });
-  }
+  const Product product_;
+  const Kernel& kernel_;
+  const int64_t columns_;
 };
 
 // isa: -1 for the best. threads: 0 for as many as the pool has, or 1 where that is faster.
@@ -164,9 +80,6 @@ ffi::Error multiply(ffi::ThreadPool& pool, const Product& p, Form form, int32_t 
     return ffi::Error::Success();
   }
 
-  auto job = std::make_shared<Job>();
-  job->product = p;
-  job->kernel = &choose(isa < 0 ? best_isa() : isa, form);
   int64_t row_bytes = (p.inner * BITS[form] + 7) / 8;
   bool small = p.outer * row_bytes < SMALL_BYTES && p.rows * p.outer * p.inner < SMALL_WORK;
   int64_t most = threads > 0 ? threads : small ? 1 : pool.num_threads();
@@ -174,13 +87,10 @@ ffi::Error multiply(ffi::ThreadPool& pool, const Product& p, Form form, int32_t 
   int64_t block = p.rows <= FEW_ROWS ? SMALL_BYTES / row_bytes : 512;
   if (most > 1 && block > p.outer / (most * 8)) block = p.outer / (most * 8);
   if (block < 16) block = 16;
-  job->block = (block + COLUMNS - 1) / COLUMNS * COLUMNS;
-  job->blocks = (p.outer + job->block - 1) / job->block;
-  if (most > job->blocks) most = job->blocks;
-  for (int64_t i = 1; i < most; i++) pool.Schedule([job] { job->work(); });
-  job->work();
-  job->wait();
-  if (job->failed) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "linear found no memory for its scratch");
+  block = (block + COLUMNS - 1) / COLUMNS * COLUMNS;
+  const Kernel& kernel = choose(isa < 0 ? best_isa() : isa, form);
+  if (!Job::share(pool, std::make_shared<Multiplication>(p, kernel, block), most))
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "linear found no memory for its scratch");
   return ffi::Error::Success();
 }
 

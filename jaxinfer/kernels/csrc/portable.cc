@@ -1,5 +1,5 @@
 // Four lanes of plain C++ (GCC's vector types, which clang shares): SSE2 on x86, NEON on Arm, anything elsewhere.
-#include "tile.h"
+#include "attend.h"
 
 #if defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -64,3 +64,6 @@ const Kernel portable_f32 = Linear<Same<Float>>::kernel();
 const Kernel portable_bf16 = Linear<Same<Half>>::kernel();
 const Kernel portable_int8 = Linear<Int8<Coded>>::kernel();
 const Kernel portable_int4 = Linear<Int4<Coded>>::kernel();
+const Attender portable_attend_f32 = Attend<Float>::attender();
+const Attender portable_attend_bf16 = Attend<Half>::attender();
+const Attender portable_attend_int8 = Attend<Bytes<Coded>>::attender();

@@ -10,26 +10,17 @@ denormal inputs and sums as zero, as XLA's own product does there.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import logging
-import threading
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.kernels import build
+from jaxinfer.kernels.native import BEST, CODED, ISAS, LINEAR, demand
 
-# The number changes with what a handler is given: a program from a persistent cache never calls another version's.
-TARGET, CODED = "jaxinfer_linear_v1", "jaxinfer_coded_v2"
 BLOCK = 32  # numbers of x that share a scale where x is rounded
 UNIT = 32  # codes of four bits lie together, the first half of them in the low bits of 16 bytes
-ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3}
-BEST = -1
-
-_lock = threading.Lock()
 
 
 def linear(
@@ -48,13 +39,11 @@ def linear(
     isa: one of ISAS, for tests; by default the best that the machine has. threads: by default as many as XLA has, or
     one where the product is small. RuntimeError if there is no kernel. Not differentiable: see `product`.
     """
-    reason = unavailable()
-    if reason is not None:
-        raise RuntimeError(f"there is no CPU kernel: {reason}")
+    demand()
     shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32)
     how = {"isa": np.int32(BEST if isa is None else ISAS[isa]), "threads": np.int32(threads or 0)}
     if scale is None:
-        return jax.ffi.ffi_call(TARGET, shape)(x, w, **how)
+        return jax.ffi.ffi_call(LINEAR, shape)(x, w, **how)
     return jax.ffi.ffi_call(CODED, shape)(x, w, scale, **how, dynamic=np.int32(dynamic))
 
 
@@ -94,34 +83,3 @@ def _tangent(plain, dynamic, primals, tangents):
     dx, *dw = tangents
     out = product(plain, dynamic, *primals), plain(dx, *w)
     return out if len(w) > 1 else (out[0], out[1] + plain(x, *dw))  # codes do not move
-
-
-def isas() -> tuple[str, ...]:
-    """The instruction sets that this machine has and the kernel knows, best last. BuildError if there is no kernel."""
-    best = ctypes.CDLL(str(build.library())).jaxinfer_best_isa()
-    return tuple(name for name, number in ISAS.items() if number <= best)
-
-
-def unavailable() -> str | None:
-    """Why there is no kernel, or None if there is; builds, loads and registers it the first time it is asked.
-
-    Where that fails, one line (a warning of the logger `jaxinfer`, which is stderr unless configured) says so, once.
-    """
-    with _lock:
-        return _load()
-
-
-@functools.cache
-def _load() -> str | None:
-    try:
-        handle = ctypes.CDLL(str(build.library()))
-        for name, handler in ((TARGET, handle.jaxinfer_linear), (CODED, handle.jaxinfer_coded)):
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
-    except (build.BuildError, OSError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        logging.getLogger("jaxinfer").warning(
-            "No CPU kernel: %s. Products go through XLA, at about half the speed; g++ or clang++ would change that.",
-            reason,
-        )
-        return reason
-    return None

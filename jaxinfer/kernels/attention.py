@@ -1,0 +1,85 @@
+"""Attention on the CPU, of few queries to a cache: XLA's own reads all that is allocated, and codes as floats first.
+
+The kernel (csrc/attend.h) reads the slots that some query of the row sees, each once, in the form in which it lies.
+Scores, softmax and sums are float32, queries and weights are not rounded to the cache's dtype. A query has the same
+bits alone and among any others, whatever the number of rows, queries and threads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.kernels.native import ATTENTION, BEST, ISAS, demand
+
+FEW = 16  # queries of a row: of more the products are better made as such, once for all
+
+
+class Kept(NamedTuple):
+    """Keys and values as a cache keeps them."""
+
+    k: jax.Array  # [B, K, S, H] float32, bfloat16, or int8 with scales
+    v: jax.Array
+    scales: tuple[jax.Array, jax.Array] | None = None  # [B, K, S] float32, of k and of v
+    slot: jax.Array | None = None  # [B, S] int32, which slot of the text each is, past all for none; None: its index
+
+
+class Rule(NamedTuple):
+    """What a query makes of its scores, and which it has: as a LayerSpec says it."""
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    sinks: int = 0
+
+
+def attend(
+    q: jax.Array, position: jax.Array, kept: Kept, rule: Rule, isa: str | None = None, threads: int | None = None
+) -> jax.Array:
+    """q [B, T, N, H] float32 at `position` [B, T] int32, over what is kept: [B, T, N, H] float32. The bare kernel.
+
+    A query that sees nothing (a position past all slots) gives zeros. isa, threads, RuntimeError: as `products.linear`.
+    """
+    demand()
+    more = [*(kept.scales or ()), *(() if kept.slot is None else (kept.slot,))]
+    call = jax.ffi.ffi_call(ATTENTION, jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential")
+    return call(
+        q, kept.k, kept.v, position, *more,
+        scale=np.float32(rule.scale), cap=np.float32(rule.softcap or 0), window=np.int64(rule.window or 0),
+        sinks=np.int64(rule.sinks), slots=kept.slot is not None,
+        isa=np.int32(BEST if isa is None else ISAS[isa]), threads=np.int32(threads or 0),
+    )  # fmt: skip
+
+
+class Keeper(Protocol):
+    """A pytree that says how its keys and values lie."""
+
+    @property
+    def kept(self) -> Kept | None: ...
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def attended(plain: Callable[..., jax.Array], rule: Rule, q: jax.Array, position: jax.Array, keeper: Any) -> jax.Array:
+    """`attend` in programs for the CPU, `plain(q, position, keeper)` in those for others, and in all derivatives."""
+
+    def kernel(q: jax.Array, position: jax.Array, keeper: Keeper) -> jax.Array:
+        assert keeper.kept is not None
+        return attend(q.astype(jnp.float32), position, keeper.kept, rule).astype(q.dtype)
+
+    return jax.lax.platform_dependent(q, position, keeper, cpu=kernel, default=plain)
+
+
+@attended.defjvp
+def _tangent(plain: Callable[..., jax.Array], rule: Rule, primals: Any, tangents: Any) -> Any:
+    return attended(plain, rule, *primals), jax.jvp(plain, primals, tangents)[1]
+
+
+def unknown(kept: Kept) -> str | None:
+    """Why the CPU kernel cannot look at such arrays, or None if it can."""
+    known = ("float32", "bfloat16") if kept.scales is None else ("int8",)
+    return None if kept.v.dtype == kept.k.dtype and kept.k.dtype in known else f"it reads no caches of {kept.k.dtype}"

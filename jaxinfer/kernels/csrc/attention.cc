@@ -1,0 +1,158 @@
+// The XLA FFI handlers of caches: attention to what one holds, and writing into it.
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "attention.h"
+#include "machine.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t SMALL_BYTES = 128 * 1024;  // of keys and values, that are read before a second thread wakes up
+
+enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
+
+const Attender& choose(int32_t isa, Form form) {
+#if defined(__x86_64__)
+  static const Attender* const avx512[] = {&avx512_attend_f32, &avx512_attend_bf16, &avx512_attend_int8};
+  static const Attender* const avx2[] = {&avx2_attend_f32, &avx2_attend_bf16, &avx2_attend_int8};
+  if (isa >= AVX512) return *avx512[form];
+  if (isa == AVX2) return *avx2[form];
+#endif
+  static const Attender* const portable[] = {&portable_attend_f32, &portable_attend_bf16, &portable_attend_int8};
+  return *portable[form];
+}
+
+struct Range {
+  int64_t begin, end, first;  // slots; and the number of its first span
+
+  int64_t spans() const { return begin < end ? (end - 1) / SPAN - begin / SPAN + 1 : 0; }
+};
+
+// The slots of row b that some query may see.
+Range seen(const Attention& a, int64_t b) {
+  int64_t low = PAST, high = -1;
+  for (int64_t t = 0; t < a.T; t++) {
+    int64_t position = a.position[b * a.T + t];
+    if (position >= PAST || position < 0) continue;
+    low = position < low ? position : low;
+    high = position > high ? position : high;
+  }
+  if (high < 0) return {0, 0, 0};
+  if (a.slot) return {0, a.S, 0};
+  int64_t begin = a.window && !a.sinks && low - a.window + 1 > 0 ? low - a.window + 1 : 0;
+  return {begin / SLOTS * SLOTS, high + 1 < a.S ? high + 1 : a.S, 0};
+}
+
+class Attending : public Job {
+ public:
+  Attending(const Attention& a, const Attender& kernel, std::vector<Range> ranges, int64_t spans, float* sums)
+      : Job(spans * a.K), a_(a), kernel_(kernel), ranges_(std::move(ranges)), sums_(sums) {}
+
+ private:
+  size_t scratch() override { return kernel_.scratch(a_); }
+
+  void block(int64_t index, void* scratch) override {
+    int64_t b = 0, size = a_.queries() * (a_.H + 2);
+    while (b + 1 < a_.B && ranges_[b + 1].first * a_.K <= index) b++;
+    const Range& range = ranges_[b];
+    int64_t spans = range.spans(), h = (index - range.first * a_.K) / spans, span = (index - range.first * a_.K) % spans;
+    int64_t begin = (range.begin / SPAN + span) * SPAN, end = begin + SPAN;
+    kernel_.span(a_, b, h, begin > range.begin ? begin : range.begin, end < range.end ? end : range.end,
+                 sums_ + index * size, scratch);
+  }
+
+  const Attention a_;
+  const Attender& kernel_;
+  const std::vector<Range> ranges_;
+  float* const sums_;
+};
+
+ffi::Error attend(const Attention& a, Form form, ffi::ThreadPool& pool, int32_t isa, int32_t threads) {
+  if (isa > best_isa()) return ffi::Error::InvalidArgument("this machine has no such instruction set");
+  if (!a.B || !a.T || !a.N || !a.H) return ffi::Error::Success();
+  std::vector<Range> ranges(a.B);
+  int64_t spans = 0, slots = 0, size = a.queries() * (a.H + 2);
+  for (int64_t b = 0; b < a.B; b++) {
+    ranges[b] = seen(a, b);
+    ranges[b].first = spans;
+    spans += ranges[b].spans();
+    slots += ranges[b].end - ranges[b].begin;
+  }
+  constexpr int64_t BYTES[] = {4, 2, 1};
+  int64_t most = threads > 0 ? threads : slots * a.K * a.H * 2 * BYTES[form] < SMALL_BYTES ? 1 : pool.num_threads();
+  std::unique_ptr<float[]> sums(new (std::nothrow) float[spans * a.K * size + 1]);
+  const Attender& kernel = choose(isa < 0 ? best_isa() : isa, form);
+  bool done = sums != nullptr;
+  if (done && spans) done = Job::share(pool, std::make_shared<Attending>(a, kernel, ranges, spans, sums.get()), most);
+  if (!done) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention found no memory for its scratch");
+  Rounding rounding;
+  for (int64_t b = 0; b < a.B; b++)
+    for (int64_t h = 0; h < a.K; h++) {
+      int64_t own = ranges[b].spans();
+      kernel.merge(a, b, h, own, sums.get() + (ranges[b].first * a.K + h * own) * size);
+    }
+  return ffi::Error::Success();
+}
+
+bool has(ffi::Span<const int64_t> dimensions, std::initializer_list<int64_t> sizes) {
+  return dimensions.size() == sizes.size() && std::equal(dimensions.begin(), dimensions.end(), sizes.begin());
+}
+
+ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                     ffi::Buffer<ffi::S32> position, ffi::RemainingArgs more, ffi::ResultBuffer<ffi::F32> out,
+                     float scale, float cap, int64_t window, int64_t sinks, bool slots, int32_t isa, int32_t threads) {
+  auto qs = q.dimensions(), ks = k.dimensions();
+  ffi::DataType kind = k.element_type();
+  Form form = kind == ffi::F32 ? F32 : kind == ffi::BF16 ? BF16 : INT8;
+  if ((form == INT8 && kind != ffi::S8) || v.element_type() != kind)
+    return ffi::Error::InvalidArgument("attention reads caches of float32, bfloat16 or int8");
+  size_t extra = (form == INT8 ? 2 : 0) + (slots ? 1 : 0);
+  if (qs.size() != 4 || ks.size() != 4 || !ks[1] || qs[2] % ks[1] || more.size() != extra ||
+      !has(ks, {qs[0], ks[1], ks[2], qs[3]}) || !has(v.dimensions(), {ks[0], ks[1], ks[2], ks[3]}) ||
+      !has(position.dimensions(), {qs[0], qs[1]}) || !has(out->dimensions(), {qs[0], qs[1], qs[2], qs[3]}))
+    return ffi::Error::InvalidArgument("attention takes q [B, T, N, H], k and v [B, K, S, H], position [B, T]");
+  Attention a{q.typed_data(), k.untyped_data(), v.untyped_data(), nullptr, nullptr, position.typed_data(), nullptr,
+              out->typed_data(), qs[0], qs[1], qs[2], ks[1], ks[2], ks[3], scale, cap, window, sinks};
+  size_t next = 0;
+  if (form == INT8) {
+    auto k_scale = more.get<ffi::Buffer<ffi::F32>>(next++), v_scale = more.get<ffi::Buffer<ffi::F32>>(next++);
+    if (!k_scale.has_value() || !v_scale.has_value() || !has(k_scale->dimensions(), {a.B, a.K, a.S}) ||
+        !has(v_scale->dimensions(), {a.B, a.K, a.S}))
+      return ffi::Error::InvalidArgument("the scales of int8 are float32 [B, K, S]");
+    a.k_scale = k_scale->typed_data(), a.v_scale = v_scale->typed_data();
+  }
+  if (slots) {
+    auto slot = more.get<ffi::Buffer<ffi::S32>>(next++);
+    if (!slot.has_value() || !has(slot->dimensions(), {a.B, a.S}))
+      return ffi::Error::InvalidArgument("slots are int32 [B, S]");
+    a.slot = slot->typed_data();
+  }
+  return attend(a, form, pool, isa, threads);
+}
+
+}  // namespace
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED XLA_FFI_Error* jaxinfer_attention(XLA_FFI_CallFrame*);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attention, attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("cap")
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("sinks")
+                                  .Attr<bool>("slots")
+                                  .Attr<int32_t>("isa")
+                                  .Attr<int32_t>("threads"));

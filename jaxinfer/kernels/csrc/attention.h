@@ -1,0 +1,43 @@
+// Attention of a few queries a row to the keys and values of a cache: what the instruction sets share.
+//
+// It reads the slots that some query sees, and no others. One order of summation: slots are taken in spans of SPAN, and
+// these in blocks of SLOTS, both counted from slot 0; what a span comes to is added to those before it. A slot that a
+// query does not see changes none of its bits. So they are the same for any number of rows, queries and threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+struct Attention {
+  const float* q;           // [B, T, N, H]
+  const void* k;            // [B, K, S, H]
+  const void* v;            // [B, K, S, H]
+  const float* k_scale;     // [B, K, S] of int8, or null
+  const float* v_scale;     // [B, K, S]
+  const int32_t* position;  // [B, T]; past any slot for a query that sees nothing
+  const int32_t* slot;      // [B, S], which slot of the text each is; null where that is its index
+  float* out;               // [B, T, N, H]
+  int64_t B, T, N, K, S, H;
+  float scale, cap;       // of the scores; cap 0: none
+  int64_t window, sinks;  // window 0: none
+
+  int64_t queries() const { return N / K * T; }
+};
+
+constexpr int64_t SLOTS = 32;   // whose scores are made together
+constexpr int64_t SPAN = 1024;  // slots of which a thread makes one sum
+constexpr int32_t PAST = 1 << 30;
+
+// One instruction set and dtype. `span` is of row b and kv head h: for each query the largest score, the sum of weights
+// and H weighted sums, [queries, H + 2] floats; its scratch is 64-byte aligned.
+struct Attender {
+  size_t (*scratch)(const Attention&);  // bytes
+  void (*span)(const Attention&, int64_t b, int64_t h, int64_t begin, int64_t end, float* sums, void* scratch);
+  void (*merge)(const Attention&, int64_t b, int64_t h, int64_t spans, const float* sums);  // of all its spans
+};
+
+extern const Attender portable_attend_f32, portable_attend_bf16, portable_attend_int8;
+#if defined(__x86_64__)
+extern const Attender avx2_attend_f32, avx2_attend_bf16, avx2_attend_int8;
+extern const Attender avx512_attend_f32, avx512_attend_bf16, avx512_attend_int8;
+#endif

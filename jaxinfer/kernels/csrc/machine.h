@@ -1,0 +1,127 @@
+// What every handler needs: which instruction set there is, how numbers round, and how work is shared among threads.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+
+#include "xla/ffi/api/ffi.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3 };
+
+int32_t best_isa() {
+#if defined(__x86_64__)
+  static const int32_t best = [] {
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return AVX512BF16;
+    return avx512 ? AVX512 : avx2 ? AVX2 : PORTABLE;
+  }();
+  return best;
+#else
+  return PORTABLE;
+#endif
+}
+
+bool has_vnni() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return best_isa() >= AVX512 && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+// XLA's threads do not all round and flush alike, and bits must not depend on who works them out: IEEE, in every one.
+class Rounding {
+ public:
+#if defined(__x86_64__)
+  Rounding() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~Rounding() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  Rounding() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" ::"r"(uint64_t(0)));
+  }
+  ~Rounding() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+
+ private:
+  uint64_t before_;
+#endif
+};
+
+// Work cut into blocks that any thread may take. A thread of the pool that comes late finds no block left and touches
+// nothing; the caller waits only for blocks that somebody is at work on, so it cannot wait forever, be the pool busy, or
+// itself one of the pool's threads.
+class Job {
+ public:
+  explicit Job(int64_t blocks) : blocks_(blocks) {}
+  virtual ~Job() = default;
+
+  // Does the work of `job` on up to `most` threads; false where a thread found no memory for its scratch.
+  static bool share(xla::ffi::ThreadPool& pool, std::shared_ptr<Job> job, int64_t most) {
+    if (most > job->blocks_) most = job->blocks_;
+    for (int64_t i = 1; i < most; i++) pool.Schedule([job] { job->work(); });
+    job->work();
+    job->wait();
+    return !job->failed_;
+  }
+
+ protected:
+  virtual size_t scratch() = 0;  // bytes that a thread needs, 64-byte aligned
+  virtual void prepare(void* scratch) {}
+  virtual void block(int64_t index, void* scratch) = 0;
+
+ private:
+  void work() {
+    int64_t mine = next_.fetch_add(1);
+    if (mine >= blocks_) return;
+    Rounding rounding;
+    void* held = std::aligned_alloc(64, (scratch() + 63) / 64 * 64);
+    if (held) prepare(held);
+    for (; mine < blocks_; mine = next_.fetch_add(1)) {
+      if (held)
+        block(mine, held);
+      else
+        failed_ = true;
+      if (done_.fetch_add(1) + 1 == blocks_) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        finished_.notify_one();
+      }
+    }
+    std::free(held);
+  }
+
+  void wait() {
+    for (int spin = 0; spin < 4000; spin++) {
+      if (done_.load() == blocks_) return;
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    finished_.wait(lock, [this] { return done_.load() == blocks_; });
+  }
+
+  const int64_t blocks_;
+  std::atomic<int64_t> next_{0}, done_{0};
+  std::atomic<bool> failed_{false};
+  std::mutex mutex_;
+  std::condition_variable finished_;
+};
+
+}  // namespace

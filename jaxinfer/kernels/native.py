@@ -1,0 +1,59 @@
+"""The C++ kernels of the CPU (csrc/), as XLA FFI handlers that work on XLA's own threads: loaded the first time."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import threading
+
+import jax
+
+from jaxinfer.kernels import build
+
+# The number changes with what a handler is given: a program from a persistent cache never calls another version's.
+LINEAR, CODED, ATTENTION = "jaxinfer_linear_v1", "jaxinfer_coded_v2", "jaxinfer_attention_v1"
+ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3}
+BEST = -1
+
+_lock = threading.Lock()
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this machine has and the kernels know, best last. BuildError if there are none."""
+    best = ctypes.CDLL(str(build.library())).jaxinfer_best_isa()
+    return tuple(name for name, number in ISAS.items() if number <= best)
+
+
+def unavailable() -> str | None:
+    """Why there are no kernels, or None if there are; builds, loads and registers them the first time it is asked.
+
+    Where that fails, one line (a warning of the logger `jaxinfer`, which is stderr unless configured) says so, once.
+    """
+    with _lock:
+        return _load()
+
+
+def demand() -> None:
+    """RuntimeError if there are no kernels."""
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(f"there is no CPU kernel: {reason}")
+
+
+@functools.cache
+def _load() -> str | None:
+    try:
+        handle = ctypes.CDLL(str(build.library()))
+        handlers = {LINEAR: handle.jaxinfer_linear, CODED: handle.jaxinfer_coded, ATTENTION: handle.jaxinfer_attention}
+        for name, handler in handlers.items():
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+    except (build.BuildError, OSError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        logging.getLogger("jaxinfer").warning(
+            "No CPU kernel: %s. Products and attention go through XLA, at about half the speed; g++ or clang++ would "
+            "change that.",
+            reason,
+        )
+        return reason
+    return None

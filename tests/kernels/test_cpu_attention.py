@@ -1,0 +1,244 @@
+"""Attention by the CPU kernel: equal to its plain twin, the same bits in any company, and it reads what is seen."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxinfer
+from jaxinfer import kernels, mesh, models, ops, program
+from jaxinfer.kernels import Kept, KernelChoice, Rule, native
+from jaxinfer.kernels.attention import FEW, attend
+from jaxinfer.ops import PAST, Held
+from jaxinfer.quantization import Plain, Scaled
+from jaxinfer.testing import tiny_config, tiny_model
+
+pytestmark = pytest.mark.usefixtures("kernels_are_built")
+SHAPES = [  # B, T, N, K, S, H
+    (1, 1, 1, 1, 1, 1), (2, 1, 4, 2, 50, 10), (3, 5, 6, 3, 130, 64), (2, 4, 8, 2, 2100, 20), (1, 16, 6, 1, 1030, 128),
+    (4, 2, 6, 6, 77, 7), (1, 1, 8, 8, 33, 100),
+]  # fmt: skip
+RULES = [{}, {"window": 9}, {"softcap": 2.0}, {"window": 40, "softcap": 5.0}]
+FORMS = pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+
+
+@pytest.fixture
+def isa(request):
+    if request.param not in native.isas():
+        pytest.skip(f"this machine has no {request.param}")
+    return request.param
+
+
+EVERY_ISA = pytest.mark.parametrize("isa", native.ISAS, indirect=True)
+
+
+def spec_of(shape, **rule):
+    _, _, N, K, _, H = shape
+    return tiny_config(num_heads=N, num_kv_heads=K, head_width=H, scale=H**-0.5, **rule).layers[0]
+
+
+def rule_of(spec, sinks=0):
+    return Rule(spec.scale, spec.softcap, spec.window, sinks)
+
+
+def arrays(shape, form="float32", seed=0):
+    """(q, position, source): rows of different lengths."""
+    B, T, N, K, S, H = shape
+    draw = np.random.default_rng(seed)
+    q, k, v = (jnp.asarray(draw.standard_normal(s), jnp.float32) for s in ((B, T, N, H), (B, K, S, H), (B, K, S, H)))
+    start = draw.integers(0, max(1, S - T + 1), B)
+    position = jnp.asarray(start[:, None] + np.arange(T), jnp.int32)
+    if form == "int8":
+        codes = Scaled.empty((B, K, S), H, jnp.float32)
+        return q, position, Held(codes.encode(k), codes.encode(v))
+    return q, position, Held(Plain(k.astype(form)), Plain(v.astype(form)))
+
+
+def plain(q, position, source, spec, sinks=0):
+    """The reference, in float32, of what the source's numbers say."""
+    k, v = (x.decode().astype(jnp.float32) for x in (source.k, source.v))
+    return ops.attend(q, k, v, position, spec, slot=source.slot, sinks=sinks)
+
+
+@FORMS
+@EVERY_ISA
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernel_is_its_plain_twin(shape, isa, form):
+    q, position, source = arrays(shape, form)
+    for rule in RULES:
+        spec = spec_of(shape, **rule)
+        got = attend(q, position, source.kept, rule_of(spec), isa)
+        np.testing.assert_allclose(got, plain(q, position, source, spec), atol=2e-6)
+
+
+@EVERY_ISA
+def test_slots_in_any_order_and_sinks_are_looked_at(isa):
+    shape = (3, 2, 4, 2, 70, 12)
+    q, position, source = arrays(shape)
+    draw = np.random.default_rng(1)
+    slot = np.stack([draw.permutation(70) for _ in range(3)]).astype(np.int32)
+    slot[:, ::9] = PAST
+    source = source.replace(slot=jnp.asarray(slot))
+    for window, sinks in ((None, 0), (20, 0), (6, 3)):
+        spec = spec_of(shape, window=window)
+        got = attend(q, position + 3, source.kept, rule_of(spec, sinks), isa)
+        np.testing.assert_allclose(got, plain(q, position + 3, source, spec, sinks), atol=2e-6)
+
+
+@FORMS
+@EVERY_ISA
+def test_a_query_has_the_same_bits_alone_and_in_any_company(isa, form):
+    shape = (3, 4, 6, 2, 1500, 24)
+    q, position, source = arrays(shape, form)
+    position = position.at[1, 2:].set(PAST)  # pads
+    rule = rule_of(spec_of(shape, window=700))
+    together = np.asarray(attend(q, position, source.kept, rule, isa))
+    for threads in (1, 2, 3):
+        np.testing.assert_array_equal(attend(q, position, source.kept, rule, isa, threads), together)
+    for b, t in itertools.product(range(3), range(4)):
+        own = jax.tree.map(lambda x, b=b: x[b : b + 1], source)
+        alone = attend(q[b : b + 1, t : t + 1], position[b : b + 1, t : t + 1], own.kept, rule, isa)
+        np.testing.assert_array_equal(alone[0, 0], together[b, t])
+    assert not together[1, 2:].any(), "what sees nothing is zeros"
+
+
+@EVERY_ISA
+def test_what_no_query_sees_is_not_read(isa):
+    shape = (2, 2, 4, 2, 300, 16)
+    q, position, source = arrays(shape)
+    position = jnp.array([[150, 151], [7, PAST]], jnp.int32)
+    rule = rule_of(spec_of(shape, window=50))
+    clean = np.asarray(attend(q, position, source.kept, rule, isa))
+    seen = np.zeros((2, 1, 300, 1), bool)
+    seen[0, 0, 96:152] = True  # from the block of 32 slots in which the window begins
+    seen[1, 0, :8] = True
+    poisoned = jax.tree.map(lambda x: jnp.where(seen, x, jnp.nan), source)
+    np.testing.assert_array_equal(attend(q, position, poisoned.kept, rule, isa), clean)
+
+
+@EVERY_ISA
+def test_a_number_that_is_none_reaches_those_who_see_it(isa):
+    q, position, source = arrays((3, 2, 4, 2, 60, 16))
+    position = jnp.array([[40, 41], [40, 41], [40, 41]], jnp.int32)
+    broken = source.replace(
+        k=Plain(source.k.x.at[0, 1, 41, 3].set(jnp.nan)), v=Plain(source.v.x.at[2, 0, 5].set(jnp.inf))
+    )
+    rule = rule_of(spec_of((3, 2, 4, 2, 60, 16)))
+    got, clean = (np.asarray(attend(q, position, x.kept, rule, isa)) for x in (broken, source))
+    assert np.isnan(got[0, 1, 2:]).all() and np.isinf(got[2, :, :2]).all()
+    np.testing.assert_array_equal(got[0, 0], clean[0, 0])
+    np.testing.assert_array_equal(got[0, 1, :2], clean[0, 1, :2])
+    np.testing.assert_array_equal(got[1], clean[1])
+
+
+def test_scores_of_any_size_are_weighed_as_the_softmax_weighs_them():
+    shape = (1, 1, 2, 1, 500, 8)
+    q, _, source = arrays(shape)
+    position = jnp.array([[499]], jnp.int32)
+    for size in (1e-6, 1.0, 30.0, 1e4, 1e18):
+        spec = spec_of(shape).replace(scale=size)
+        got = attend(q, position, source.kept, rule_of(spec))
+        np.testing.assert_allclose(got, plain(q, position, source, spec), atol=3e-6 + 2e-7 * min(size, 1e3))
+
+
+# --- in programs ---------------------------------------------------------------------------------------------------
+
+
+def uses_the_kernel(kind="dense", T=1, dtype=None, choice=None):
+    params, config = tiny_model()
+    cache = jaxinfer.init_cache(config, 2, 64, kind, dtype=dtype)
+    with kernels.use(choice or KernelChoice()):
+        text = jaxinfer.forward.lower(params, config, jnp.ones((2, T), jnp.int32), cache).as_text()
+    return native.ATTENTION in text
+
+
+def test_it_is_taken_for_few_queries_and_caches_that_it_can_read():
+    for kind in ("dense", "int8", "ring:window=8", "ring:window=8+int8"):
+        assert uses_the_kernel(kind)
+    assert uses_the_kernel(T=FEW) and not uses_the_kernel(T=FEW + 1)
+    assert uses_the_kernel(dtype="bfloat16") and not uses_the_kernel(dtype="float16")
+    assert not uses_the_kernel("float8") and not uses_the_kernel("paged:page=8")
+    assert not uses_the_kernel(choice=KernelChoice(attention="reference"))
+
+
+def test_a_kernel_that_cannot_be_is_an_error_only_when_asked_for_by_name():
+    asked = KernelChoice(attention="cpu")
+    assert uses_the_kernel(choice=asked)
+    with pytest.raises(RuntimeError, match=r"attention='cpu' is not to be had: it reads no caches of float16"):
+        uses_the_kernel(dtype="float16", choice=asked)
+    assert not uses_the_kernel(T=FEW + 1, choice=asked)
+    with pytest.raises(ValueError, match="attention='fast' names no kernel"):
+        KernelChoice(attention="fast")
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.parametrize("kind", ["dense", "int8", "ring:window=12", "ring:window=12+int8"])
+def test_it_changes_no_id(kind):
+    params, config = tiny_model(softcap=20.0)
+    prompts = [list(range(5, 30)), [11, 12, 13], [20]]
+
+    def said(**choice):
+        with kernels.use(KernelChoice(**choice)):
+            cache = jaxinfer.init_cache(config, 3, 64, kind)
+            return jaxinfer.generate(params, config, prompts, cache=cache, max_new_tokens=32)
+
+    got, expected = said(attention="cpu"), said(attention="reference")
+    np.testing.assert_array_equal(got.ids, expected.ids)
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", ["tensor=2", "data=2,tensor=2", "seq=2"])
+def test_each_device_of_a_mesh_looks_at_its_own_part(axes, on_mesh):
+    params, config = tiny_model(num_heads=4, num_kv_heads=2, width=32, ffn_width=64, vocab_size=64)
+    ids = jnp.array([[3], [4]])
+    expected = jaxinfer.forward(params, config, ids, jaxinfer.init_cache(config, 2, 32))[0]
+    with on_mesh(axes):
+        placed = mesh.shard(params, models.letters(config))
+        cache = jaxinfer.init_cache(config, 2, 32)
+        compiled = jaxinfer.forward.lower(placed, config, ids, cache).compile()
+        assert (native.ATTENTION in compiled.as_text()) == (axes != "seq=2"), "positions that are split are XLA's"
+        sent = {row["kind"] for row in program.collectives(compiled, True)}
+        got = jaxinfer.forward(placed, config, ids, cache)[0]
+    assert "all-gather" not in sent
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_derivatives_and_batches_are_those_of_the_plain_form():
+    shape = (2, 2, 4, 2, 20, 8)
+    q, position, source = arrays(shape)
+    spec = spec_of(shape)
+
+    def twin(q, position, source):
+        return ops.attend(q, source.kept.k, source.kept.v, position, spec)
+
+    def kernel(q, source):
+        return ops.attend_kernel(twin, q, source, position, spec)
+
+    for argument in (0, 1):
+        got = jax.grad(lambda *a: (kernel(*a) ** 2).sum(), argument)(q, source)
+        expected = jax.grad(lambda q, s: (twin(q, position, s) ** 2).sum(), argument)(q, source)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
+    several = jnp.stack([q, 2 * q])
+    got = jax.vmap(kernel, (0, None))(several, source)
+    np.testing.assert_array_equal(got, jnp.stack([kernel(x, source) for x in several]))
+
+
+def test_programs_for_other_platforms_are_without_it():
+    params, config = tiny_model()
+    cache = jaxinfer.init_cache(config, 2, 32)
+    traced = jaxinfer.forward.trace(params, config, jnp.ones((2, 1), jnp.int32), cache)
+    assert native.ATTENTION not in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert native.ATTENTION in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_what_it_cannot_read_is_refused():
+    q, position, source = arrays((2, 1, 4, 2, 20, 8))
+    with pytest.raises(Exception, match="caches of float32, bfloat16 or int8"):
+        attend(q, position, Kept(source.k.x.astype(jnp.float16), source.v.x.astype(jnp.float16)), Rule(1.0))
+    with pytest.raises(Exception, match=r"k and v \[B, K, S, H\]"):
+        attend(q[..., :4], position, source.kept, Rule(1.0))
+    codes = arrays((2, 1, 4, 2, 20, 8), "int8")[2].kept
+    with pytest.raises(Exception, match="scales of int8 are float32"):
+        attend(q, position, codes._replace(scales=(codes.scales[0][:, :1], codes.scales[1])), Rule(1.0))
