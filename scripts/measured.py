@@ -13,9 +13,11 @@ import os
 import pathlib
 import platform
 import shlex
+import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 
 def hardware() -> str:
@@ -49,14 +51,14 @@ def date() -> str:
     return time.strftime("%Y-%m-%d")
 
 
-def plain_read(size: int = 1 << 30) -> float:
-    """GB/s of a plain read by every core at once, the best of five."""
+def plain_read(size: int = 1 << 30, passes: int = 5) -> float:
+    """GB/s of a plain read by every core at once, the best of some passes."""
     import numpy as np
 
     cores = os.cpu_count() or 1
     parts = [np.ones(size // 8 // cores, np.int64) for _ in range(cores)]
     best = 0.0
-    for _ in range(5):
+    for _ in range(passes):
         threads = [threading.Thread(target=part.max) for part in parts]
         began = time.perf_counter()
         for thread in threads:
@@ -65,3 +67,22 @@ def plain_read(size: int = 1 << 30) -> float:
             thread.join()
         best = max(best, size / (time.perf_counter() - began) / 1e9)
     return best
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def seconds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Of every run, turn by turn in each round; a first round, for compilers, is not counted."""
+    import jax
+
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            jax.block_until_ready(run())
+            if turn:
+                found[name].append(time.perf_counter() - began)
+    return found
