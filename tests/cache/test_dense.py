@@ -82,7 +82,7 @@ def test_take_and_put_move_rows():
 def test_bytes_are_known_before_anything_is_allocated():
     promised = cache_bytes(CONFIG, 2, 16, dtype=jnp.bfloat16)
     assert promised == init_cache(CONFIG, 2, 16, dtype=jnp.bfloat16).bytes
-    assert promised == 2 * 3 * 2 * 2 * 16 * 10 * 2 + 2 * 4  # k and v, L B K S H, two bytes; lengths
+    assert promised == 2 * 2 * 2 * 2 * 16 * 10 * 2 + 2 * 4  # k and v, L B K S H, two bytes; lengths
 
 
 def test_a_cache_that_does_not_fit_in_memory_is_refused_before_it_is_allocated():

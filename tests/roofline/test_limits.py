@@ -143,7 +143,7 @@ def test_what_is_sent_is_what_the_layers_must(axes, qk_norm):
     # the table that tests/mesh/test_programs_on_meshes.py holds compiled programs to, each sum sent round a ring
     shape = tiny_config(num_heads=4, num_kv_heads=2, ffn_width=52, vocab_size=102, qk_norm=qk_norm)
     tensor, seq, data = (axes.get(name, 1) for name in ("tensor", "seq", "data"))
-    D, L, N, H = 36, 3, 4, 10
+    D, L, N, H = 36, 2, 4, 10
     over_tensor = D + 2 * D * L + 2 * L * (qk_norm == "projection")
     over_seq = L * (N // tensor) * (H + 2)
     rows = 8 // data

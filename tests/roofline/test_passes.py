@@ -57,7 +57,7 @@ def test_flops_are_those_of_every_product_in_the_traced_forward(shape):
         return models.logits(params, shape, hidden)
 
     cache = jax.eval_shape(lambda: init_cache(shape, B, S, "dense", dtype="float32"))
-    with kernels.use(kernels.KernelChoice(linear="reference")):
+    with kernels.use(kernels.KernelChoice(linear="reference", attention="reference")):
         traced = jax.make_jaxpr(forward)(models.param_shapes(shape), jax.ShapeDtypeStruct((B, T), "int32"), cache)
     assert traced_flops(traced.jaxpr) == roofline.forward_flops(shape, T, [S - T] * B, causal=False)
 
