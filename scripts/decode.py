@@ -238,7 +238,6 @@ class Work:
 
 def begin(args: Settings, model: Model, ids: list[list[int]], held: list[int], budget: list[int], **how: Any) -> Work:
     """Makes the stream and compiles what it will run."""
-    import jax
 
     now = time.perf_counter()
     how.setdefault("chunk", CHUNK)
@@ -260,7 +259,7 @@ def begin(args: Settings, model: Model, ids: list[list[int]], held: list[int], b
     decode = stream.compile()[-1]
     held_by = stream.state.cache
     cache = {"kind": args.cache, "bytes": held_by.bytes, "rows": held_by.rows, "size": held_by.size}
-    cache["dtype"] = jax.tree.leaves(held_by.layers)[0].dtype.name
+    cache["dtype"] = held_by.form
     cache["bytes_per_token"] = held_by.bytes / held_by.rows / held_by.size
     spent = time.perf_counter() - now
     collectives = runtime.collectives(decode) if jaxinfer.mesh.concrete() is not None else []

@@ -19,6 +19,7 @@ from jaxinfer.cache.pages import Pages
 from jaxinfer.cache.tree import Tree
 from jaxinfer.config import LayerSpec
 from jaxinfer.ops import PAST  # the position of a pad: its write drops by itself (-1 would wrap)
+from jaxinfer.quantization import Codes
 
 
 @struct.dataclass
@@ -152,6 +153,12 @@ class Cache(struct.PyTreeNode):
     def bytes(self) -> int:
         """Bytes of all arrays, over all devices."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def form(self) -> str:
+        """What the first layer keeps of its oldest tokens: a dtype, or int4; "none" if nothing."""
+        leaves = jax.tree.leaves(self.layers, is_leaf=lambda x: isinstance(x, Codes))
+        return next((x.form for x in leaves if isinstance(x, Codes)), "none")
 
     # --- a call ---
 

@@ -32,7 +32,7 @@ from jaxinfer.cache.sinks import Sinks
 from jaxinfer.cache.slots import Slots
 from jaxinfer.cache.snap import Snap
 from jaxinfer.config import LayerSpec, ModelConfig
-from jaxinfer.quantization import Codes, Grouped, Plain, Scaled
+from jaxinfer.quantization import Bits, Codes, Grouped, Plain, Scaled
 
 LAYOUTS: dict[str, dict[str, int | None]] = {  # what is kept: options, and what they are unless given
     "auto": {},
@@ -309,7 +309,7 @@ class Maker:
         H, numbers = spec.head_width, self.kind.numbers
         if numbers in ("int8", "float8"):
             return tuple(Scaled.empty(shape, H, self.dtype, numbers == "float8") for _ in range(2))  # type: ignore
-        return tuple(Plain.empty(shape, H, self.dtype) for _ in range(2))  # type: ignore[return-value]
+        return self.plain(shape, spec)
 
     def groups(self, shape: tuple[int, ...], spec: LayerSpec) -> tuple[Codes, Codes]:
         """Keys and values of these first axes, in int4 groups of tokens."""
@@ -342,9 +342,12 @@ class Maker:
             return Ring(*self.plain((*shape, self.ring_size(window)), spec), window, self.pending)
         return Ring(*self.vectors((*shape, self.ring_size(window)), spec), window, self.pending)
 
-    def plain(self, shape: tuple[int, ...], spec: LayerSpec) -> tuple[Plain, Plain]:
+    def plain(self, shape: tuple[int, ...], spec: LayerSpec) -> tuple[Codes, Codes]:
         """Keys and values as they are."""
-        return tuple(Plain.empty(shape, spec.head_width, self.dtype) for _ in range(2))  # type: ignore
+        H = spec.head_width
+        if kernels.keeps_bits(self.dtype):
+            return Bits.empty(shape, H), Bits.empty(shape, H)
+        return Plain.empty(shape, H, self.dtype), Plain.empty(shape, H, self.dtype)
 
     def kivi(self, old: Slots, spec: LayerSpec) -> Kivi:
         """Old groups with a ring of plain numbers."""

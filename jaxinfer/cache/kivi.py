@@ -46,7 +46,7 @@ class Kivi(LayerCache):
         unit = first[:, None] + jnp.arange(-(-k.shape[2] // self.old.k.tokens))
         unit = jnp.where(unit < end[:, None], unit, PAST)  # the groups that are coded now
         new_k, new_v = (
-            codes.encode(self.collect(held.x, new.x, unit, step))  # type: ignore[attr-defined]
+            codes.encode(self.collect(held.decode(), new.decode(), unit, step))
             for codes, held, new in zip((self.old.k, self.old.v), (self.ring.k, self.ring.v), own, strict=True)
         )
         old = self.old.write(new_k, new_v, unit, end, step.pages)

@@ -56,9 +56,9 @@ def look(q: jax.Array, sources: list[Source], spec: LayerSpec, step: Step) -> ja
     def plainly(q: jax.Array, position: jax.Array, *sources: Source) -> jax.Array:
         kept = sources[0].kept if len(sources) == 1 else None
         if kept is not None and kept.scales is None:
-            B, T, N, _ = q.shape
-            if T == 1 or B * N * T * kept.k.shape[2] <= SCORES:
-                return ops.attend(q, kept.k, kept.v, position, spec, branches, kept.slot)
+            (B, T, N, _), (k, v) = q.shape, kept.numbers
+            if T == 1 or B * N * T * k.shape[2] <= SCORES:
+                return ops.attend(q, k, v, position, spec, branches, kept.slot)
         return ops.attend_looks([Look(q, source) for source in sources], position, spec, branches)
 
     if len(sources) == 1 and branches is None and ops.has_kernel(q, sources[0]):

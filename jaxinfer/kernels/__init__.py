@@ -9,7 +9,7 @@ the two is taken:
 
 from jaxinfer.kernels.attention import Kept, Rule, attended
 from jaxinfer.kernels.choice import KernelChoice, choice, use
-from jaxinfer.kernels.memory import cache_dtype, free_memory, host_memory, packs_int4
+from jaxinfer.kernels.memory import cache_dtype, free_memory, host_memory, keeps_bits, packs_int4
 from jaxinfer.kernels.products import BLOCK, UNIT
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "choice",
     "free_memory",
     "host_memory",
+    "keeps_bits",
     "packs_int4",
     "use",
 ]

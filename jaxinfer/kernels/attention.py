@@ -1,8 +1,9 @@
 """Attention on the CPU, of few queries to a cache: XLA's own reads all that is allocated, and codes as floats first.
 
 The kernel (csrc/attend.h) reads the slots that some query of the row sees, each once, in the form in which it lies.
-Scores, softmax and sums are float32, queries and weights are not rounded to the cache's dtype. A query has the same
-bits alone and among any others, whatever the number of rows, queries and threads.
+Scores, softmax and sums are float32; queries are not rounded, and weights are where queries and the cache are both
+bfloat16 (as the plain form rounds them). A query has the same bits alone and among any others, whatever the number of
+rows, queries and threads.
 """
 
 from __future__ import annotations
@@ -23,10 +24,18 @@ FEW = 16  # queries of a row: of more the products are better made as such, once
 class Kept(NamedTuple):
     """Keys and values as a cache keeps them."""
 
-    k: jax.Array  # [B, K, S, H] float32, bfloat16, or int8 with scales
+    k: jax.Array  # [B, K, S, H] float32, bfloat16 (or its bits, uint16), or int8 with scales
     v: jax.Array
     scales: tuple[jax.Array, jax.Array] | None = None  # [B, K, S] float32, of k and of v
     slot: jax.Array | None = None  # [B, S] int32, which slot of the text each is, past all for none; None: its index
+
+    @property
+    def numbers(self) -> tuple[jax.Array, jax.Array]:
+        """k and v of no scales, bits as the numbers that they are of."""
+        if self.k.dtype != jnp.uint16:
+            return self.k, self.v
+        k, v = (jax.lax.bitcast_convert_type(x, jnp.bfloat16) for x in (self.k, self.v))
+        return k, v
 
 
 class Rule(NamedTuple):
@@ -41,17 +50,19 @@ class Rule(NamedTuple):
 def attend(
     q: jax.Array, position: jax.Array, kept: Kept, rule: Rule, isa: str | None = None, threads: int | None = None
 ) -> jax.Array:
-    """q [B, T, N, H] float32 at `position` [B, T] int32, over what is kept: [B, T, N, H] float32. The bare kernel.
+    """q [B, T, N, H] at `position` [B, T] int32, over what is kept: [B, T, N, H] float32. The bare kernel.
 
-    A query that sees nothing (a position past all slots) gives zeros. isa, threads, RuntimeError: as `products.linear`.
+    q: float32; or bfloat16, and then weights may be rounded to it where the cache is of it too. A query that sees
+    nothing (a position past all slots) gives zeros. isa, threads, RuntimeError: as `products.linear`.
     """
     demand()
     more = [*(kept.scales or ()), *(() if kept.slot is None else (kept.slot,))]
     call = jax.ffi.ffi_call(ATTENTION, jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential")
+    half = q.dtype == jnp.bfloat16 and kept.k.dtype in (jnp.bfloat16, jnp.uint16)
     return call(
-        q, kept.k, kept.v, position, *more,
+        q.astype(jnp.float32), kept.k, kept.v, position, *more,
         scale=np.float32(rule.scale), cap=np.float32(rule.softcap or 0), window=np.int64(rule.window or 0),
-        sinks=np.int64(rule.sinks), slots=kept.slot is not None,
+        sinks=np.int64(rule.sinks), slots=kept.slot is not None, half=half,
         isa=np.int32(BEST if isa is None else ISAS[isa]), threads=np.int32(threads or 0),
     )  # fmt: skip
 
@@ -69,7 +80,7 @@ def attended(plain: Callable[..., jax.Array], rule: Rule, q: jax.Array, position
 
     def kernel(q: jax.Array, position: jax.Array, keeper: Keeper) -> jax.Array:
         assert keeper.kept is not None
-        return attend(q.astype(jnp.float32), position, keeper.kept, rule).astype(q.dtype)
+        return attend(q, position, keeper.kept, rule).astype(q.dtype)
 
     return jax.lax.platform_dependent(q, position, keeper, cpu=kernel, default=plain)
 
@@ -81,5 +92,5 @@ def _tangent(plain: Callable[..., jax.Array], rule: Rule, primals: Any, tangents
 
 def unknown(kept: Kept) -> str | None:
     """Why the CPU kernel cannot look at such arrays, or None if it can."""
-    known = ("float32", "bfloat16") if kept.scales is None else ("int8",)
+    known = ("float32", "bfloat16", "uint16") if kept.scales is None else ("int8",)
     return None if kept.v.dtype == kept.k.dtype and kept.k.dtype in known else f"it reads no caches of {kept.k.dtype}"

@@ -8,16 +8,28 @@ import re
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.kernels import native
+from jaxinfer.kernels.choice import choice
+
 # XLA:CPU before 0.11.2 computes a write into a bfloat16 buffer in float32, and so rewrites the whole buffer.
 CPU_WRITES_BFLOAT16 = (0, 11, 2)
 
 
 def cache_dtype(dtype: str, platform: str | None = None) -> jnp.dtype:
-    """The dtype in which a cache of a model in `dtype` is kept unless asked for: its own, except where writes cost."""
-    platform = platform or jax.default_backend()
-    if platform == "cpu" and dtype == "bfloat16" and jax.__version_info__[:3] < CPU_WRITES_BFLOAT16:
-        return jnp.dtype("float32")
+    """The dtype in which a cache of a model in `dtype` is kept unless asked for: its own, except where reading costs.
+
+    XLA:CPU reads bfloat16 by writing it out in float32 first; the kernel does not.
+    """
+    if (platform or jax.default_backend()) == "cpu" and dtype == "bfloat16":
+        plain = choice().attention == "reference" or native.unavailable() is not None
+        return jnp.dtype("float32" if plain else dtype)
     return jnp.dtype(dtype)
+
+
+def keeps_bits(dtype: jnp.dtype, platform: str | None = None) -> bool:
+    """Whether numbers of a dtype that are written a few at a time are best kept by their bits, as integers."""
+    cpu = (platform or jax.default_backend()) == "cpu"
+    return cpu and dtype == jnp.bfloat16 and jax.__version_info__[:3] < CPU_WRITES_BFLOAT16
 
 
 def packs_int4(platform: str | None = None) -> bool:

@@ -27,6 +27,11 @@ class Codes(abc.ABC):
     def dtype(self) -> jnp.dtype:
         """In which they are read."""
 
+    @property
+    def form(self) -> str:
+        """What they are called: a dtype, in which they are kept."""
+        return jax.tree.leaves(self)[0].dtype.name
+
     @abc.abstractmethod
     def encode(self, x: jax.Array) -> Codes:
         """x [..., H] in this form; [..., tokens, H] where several are coded together."""
@@ -80,6 +85,45 @@ class Plain(Codes):
 
 
 @struct.dataclass
+class Bits(Codes):
+    """Numbers of bfloat16 by their bits: XLA:CPU before 0.11.2 rewrites a whole buffer of bfloat16 to write one."""
+
+    bits: jax.Array  # [..., H] uint16
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], H: int) -> Bits:
+        """Zeros."""
+        return cls(jnp.zeros((*shape, H), jnp.uint16))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """See `Codes`."""
+        return jnp.dtype(jnp.bfloat16)
+
+    @property
+    def form(self) -> str:
+        """See `Codes`."""
+        return "bfloat16"
+
+    def encode(self, x: jax.Array) -> Bits:
+        """See `Codes`."""
+        return Bits(jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16))
+
+    def decode(self) -> jax.Array:
+        """See `Codes`."""
+        return jax.lax.bitcast_convert_type(self.bits, jnp.bfloat16)
+
+    @property
+    def flat(self) -> tuple[jax.Array, None]:
+        """See `Codes`."""
+        return self.bits, None
+
+    def letters(self, word: str) -> Bits:
+        """See `Codes`."""
+        return Bits(f"{word}H")  # type: ignore[arg-type]
+
+
+@struct.dataclass
 class Scaled(Codes):
     """Eight bits a number and one float32 scale a vector: int8 up to 127, or float8 (e4m3) up to 448, symmetric."""
 
@@ -97,6 +141,11 @@ class Scaled(Codes):
     def dtype(self) -> jnp.dtype:
         """See `Codes`."""
         return jnp.dtype(self.kind)
+
+    @property
+    def form(self) -> str:
+        """See `Codes`."""
+        return "float8" if self.codes.dtype == jnp.uint8 else "int8"
 
     @property
     def most(self) -> float:
@@ -161,6 +210,11 @@ class Grouped(Codes):
     def dtype(self) -> jnp.dtype:
         """See `Codes`."""
         return jnp.dtype(self.kind)
+
+    @property
+    def form(self) -> str:
+        """See `Codes`."""
+        return "int4"
 
     def grouped(self, x: jax.Array) -> jax.Array:
         """x [..., tokens, H] with the entries of a group along the last axis of [..., scale's axes, group]."""

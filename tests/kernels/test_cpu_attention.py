@@ -74,6 +74,21 @@ def test_the_kernel_is_its_plain_twin(shape, isa, form):
 
 
 @EVERY_ISA
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_queries_of_bfloat16_meet_a_cache_of_it_as_in_its_plain_twin(shape, isa):
+    q, position, source = arrays(shape, "bfloat16")
+    q = q.astype(jnp.bfloat16)
+    bits = Kept(*(jax.lax.bitcast_convert_type(x, jnp.uint16) for x in source.kept[:2]))
+    for rule in RULES:
+        spec = spec_of(shape, **rule)
+        got = attend(q, position, source.kept, rule_of(spec), isa)
+        exact = plain(q.astype(jnp.float32), position, source, spec)
+        weighed = plain(q.astype(jnp.float32), position, source.replace(v=Plain(jnp.abs(source.v.x))), spec)
+        assert (np.abs(got - exact) <= 2**-8 * weighed + 2e-6).all(), "no more than weights that are rounded"
+        np.testing.assert_array_equal(attend(q, position, bits, rule_of(spec), isa), got)
+
+
+@EVERY_ISA
 def test_slots_in_any_order_and_sinks_are_looked_at(isa):
     shape = (3, 2, 4, 2, 70, 12)
     q, position, source = arrays(shape)
@@ -87,11 +102,12 @@ def test_slots_in_any_order_and_sinks_are_looked_at(isa):
         np.testing.assert_allclose(got, plain(q, position + 3, source, spec, sinks), atol=2e-6)
 
 
-@FORMS
 @EVERY_ISA
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "all bfloat16"])
 def test_a_query_has_the_same_bits_alone_and_in_any_company(isa, form):
     shape = (3, 4, 6, 2, 1500, 24)
-    q, position, source = arrays(shape, form)
+    q, position, source = arrays(shape, form.removeprefix("all "))
+    q = q.astype("bfloat16" if form.startswith("all") else "float32")
     position = position.at[1, 2:].set(PAST)  # pads
     rule = rule_of(spec_of(shape, window=700))
     together = np.asarray(attend(q, position, source.kept, rule, isa))

@@ -1,4 +1,4 @@
-// Attention over any vector type, as in tile.h: a Type says Elem, WIDTH, V, load, load_part, step and sum4.
+// Attention over any vector type, as in tile.h: a Type says Elem, WIDTH, V, load, load_part, all, step and sum4.
 #pragma once
 
 #include "attention.h"
@@ -20,20 +20,101 @@ struct Bytes : T {
   }
 };
 
+template <class V>
+V vector(const float* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+void put(float* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// How queries and weights meet keys and values of any form: as floats. Another way says the same: Query, what a query is
+// made of when it is ready; MANY, queries whose sums fit the registers; width, of a ready query and of sums, for H
+// numbers; place, where in its sum the value i lies; ready, scores, values.
 template <class T>
-struct Attend {
+struct Floats {
+  using Query = float;
   using Elem = typename T::Elem;
   using V = typename T::V;
-  typedef int32_t I __attribute__((vector_size(sizeof(V))));
   static constexpr int64_t WIDTH = T::WIDTH, LINE = 64 / sizeof(Elem);  // of memory
+  static constexpr int MANY = T::ROWS > 3 ? 4 : 2;
 
-  static V get(const float* p) {
-    V v;
-    __builtin_memcpy(&v, p, sizeof v);
-    return v;
+  static int64_t width(int64_t H) { return parts(H, WIDTH) * WIDTH; }
+  static int64_t place(int64_t i) { return i; }
+  static void ready(const float* from, int64_t H, float* to) {
+    for (int64_t i = 0; i < width(H); i++) to[i] = i < H ? from[i] : 0;
   }
-  static void put(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
-  static V all(float x) { return T::zero() + x; }
+
+  // Of R queries and n slots. fetch: meanwhile it asks memory for their values and for the keys behind them.
+  template <int R>
+  static void scores(const float* q, const Elem* k, const Elem* v, int64_t n, int64_t H, float* to, bool fetch) {
+    int64_t full = H / WIDTH * WIDTH;
+    for (int64_t s = 0; s < n; s += 4) {
+      const Elem* row[4];
+      EACH(c, 4) row[c] = k + least(s + c, n - 1) * H;
+      for (int64_t i = s * H; fetch && i < (s + 4) * H; i += LINE) {
+        __builtin_prefetch(v + i);
+        __builtin_prefetch(k + n * H + i);
+      }
+      V sum[R][4], part[4];
+      EACH(r, R) EACH(c, 4) sum[r][c] = T::zero();
+      for (int64_t i = 0; i < width(H); i += WIDTH) {
+        if (i < full) {
+          EACH(c, 4) part[c] = T::load(row[c] + i);
+        } else {
+          EACH(c, 4) part[c] = T::load_part(row[c] + i, int(H - i));
+        }
+        EACH(r, R) {
+          V x = vector<V>(q + r * width(H) + i);
+          EACH(c, 4) sum[r][c] = T::step(sum[r][c], x, part[c]);
+        }
+      }
+      EACH(r, R) *(F4*)(to + r * SLOTS + s) = T::sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+    }
+  }
+
+  // Adds the values of n slots, each with its weight, to R sums: C vectors of them; `rest` numbers, if it is not 0.
+  template <int R, int C>
+  static void weighted(const float* weights, const Elem* v, int64_t n, int64_t H, int rest, float* sums) {
+    V sum[R][C], part[C];
+    EACH(r, R) EACH(c, C) sum[r][c] = vector<V>(sums + r * width(H) + c * WIDTH);
+    for (int64_t s = 0; s < n; s++) {
+      if (rest) {
+        part[0] = T::load_part(v + s * H, rest);
+      } else {
+        EACH(c, C) part[c] = T::load(v + s * H + c * WIDTH);
+      }
+      EACH(r, R) {
+        V weight = T::all(weights[r * SLOTS + s]);
+        EACH(c, C) sum[r][c] = T::step(sum[r][c], weight, part[c]);
+      }
+    }
+    EACH(r, R) EACH(c, C) put<V>(sums + r * width(H) + c * WIDTH, sum[r][c]);
+  }
+
+  template <int R>
+  static void values(const float* weights, const Elem* v, int64_t n, int64_t H, float* sums) {
+    int64_t i = 0;
+    for (; i + 4 * WIDTH <= H; i += 4 * WIDTH) weighted<R, 4>(weights, v + i, n, H, 0, sums + i);
+    for (; i + WIDTH <= H; i += WIDTH) weighted<R, 1>(weights, v + i, n, H, 0, sums + i);
+    if (i < H) weighted<R, 1>(weights, v + i, n, H, int(H - i), sums + i);
+  }
+};
+
+template <class T, class P = Floats<T>>
+struct Attend {
+  using Elem = typename P::Elem;
+  using Query = typename P::Query;
+  using V = typename T::V;
+  typedef int32_t I __attribute__((vector_size(sizeof(V))));
+  static constexpr int64_t WIDTH = T::WIDTH;
+  static constexpr int MANY = P::MANY;
+
+  static V get(const float* p) { return vector<V>(p); }
 
   // e^x for x <= 0, within 2 ulp; what is below the normal numbers is 0. x = n ln 2 + f, n by the rounding of a sum, and
   // the polynomial of Cephes' expf in f.
@@ -43,11 +124,11 @@ struct Attend {
     I power = (I)n << 23;
     n = n - ROUND;
     V f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    V y = T::step(all(1.3981999507e-3f), f, all(1.9875691500e-4f));
-    y = T::step(all(8.3334519073e-3f), f, y);
-    y = T::step(all(4.1665795894e-2f), f, y);
-    y = T::step(all(1.6666665459e-1f), f, y);
-    y = T::step(all(5.0000001201e-1f), f, y);
+    V y = T::step(T::all(1.3981999507e-3f), f, T::all(1.9875691500e-4f));
+    y = T::step(T::all(8.3334519073e-3f), f, y);
+    y = T::step(T::all(4.1665795894e-2f), f, y);
+    y = T::step(T::all(1.6666665459e-1f), f, y);
+    y = T::step(T::all(5.0000001201e-1f), f, y);
     y = T::step(f, f * f, y) + 1.0f;
     y = (V)((I)y + power);
     return x < -87.0f ? T::zero() : y;
@@ -60,79 +141,8 @@ struct Attend {
     return x < 0.0f ? -y : y;
   }
 
-  static int64_t width(const Attention& a) { return parts(a.H, WIDTH) * WIDTH; }
-
   static size_t scratch(const Attention& a) {
-    int64_t rows = a.queries(), H = width(a);
-    return size_t(2 * rows * H + rows * (SLOTS + 2) + SLOTS * H + 64) * sizeof(float);
-  }
-
-  // n rows of H numbers, as floats that lie `stride` apart; zeros follow them up to whole vectors. Meanwhile it asks
-  // memory for the n rows behind them.
-  static const float* rows(const Elem* from, int64_t n, int64_t H, float* held, int64_t* stride) {
-    if constexpr (sizeof(Elem) == sizeof(float)) {
-      *stride = H;
-      if (H % WIDTH == 0) return (const float*)from;
-    }
-    int64_t full = H / WIDTH, rest = H % WIDTH;
-    *stride = parts(H, WIDTH) * WIDTH;
-    for (int64_t s = 0; s < n; s++) {
-      const Elem* row = from + s * H;
-      float* to = held + s * *stride;
-      for (int64_t i = 0; i < H; i += LINE) __builtin_prefetch(row + n * H + i);
-      int64_t i = 0;
-      for (; i + 4 <= full; i += 4) {
-        V part[4];
-        EACH(c, 4) part[c] = T::load(row + (i + c) * WIDTH);
-        EACH(c, 4) put(to + (i + c) * WIDTH, part[c]);
-      }
-      for (; i < full; i++) put(to + i * WIDTH, T::load(row + i * WIDTH));
-      if (rest) put(to + full * WIDTH, T::load_part(row + full * WIDTH, int(rest)));
-    }
-    return held;
-  }
-
-  // Scores of R queries and n slots.
-  template <int R>
-  static void products(const float* q, const float* k, int64_t stride, int64_t n, int64_t H, float* scores) {
-    for (int64_t s = 0; s < n; s += 4) {
-      const float* row[4];
-      EACH(c, 4) row[c] = k + least(s + c, n - 1) * stride;
-      V sum[R][4];
-      EACH(r, R) EACH(c, 4) sum[r][c] = T::zero();
-      for (int64_t i = 0; i < H; i += WIDTH) {
-        V part[4];
-        EACH(c, 4) part[c] = get(row[c] + i);
-        EACH(r, R) {
-          V x = get(q + r * H + i);
-          EACH(c, 4) sum[r][c] = T::step(sum[r][c], x, part[c]);
-        }
-      }
-      EACH(r, R) *(F4*)(scores + r * SLOTS + s) = T::sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
-    }
-  }
-
-  // Adds the values of n slots, each with its weight, to R sums, C vectors of them.
-  template <int R, int C>
-  static void weighted(const float* weights, const float* v, int64_t stride, int64_t n, int64_t H, float* sums) {
-    V sum[R][C];
-    EACH(r, R) EACH(c, C) sum[r][c] = get(sums + r * H + c * WIDTH);
-    for (int64_t s = 0; s < n; s++) {
-      V part[C];
-      EACH(c, C) part[c] = get(v + s * stride + c * WIDTH);
-      EACH(r, R) {
-        V weight = all(weights[r * SLOTS + s]);
-        EACH(c, C) sum[r][c] = T::step(sum[r][c], weight, part[c]);
-      }
-    }
-    EACH(r, R) EACH(c, C) put(sums + r * H + c * WIDTH, sum[r][c]);
-  }
-
-  template <int R>
-  static void values(const float* weights, const float* v, int64_t stride, int64_t n, int64_t H, float* sums) {
-    int64_t i = 0;
-    for (; i + 4 * WIDTH <= H; i += 4 * WIDTH) weighted<R, 4>(weights, v + i, stride, n, H, sums + i);
-    for (; i < H; i += WIDTH) weighted<R, 1>(weights, v + i, stride, n, H, sums + i);
+    return size_t(a.queries() * (2 * P::width(a.H) + SLOTS + 2)) * sizeof(float);
   }
 
   // What the scores [SLOTS] of one query and n slots from `first` on are: scaled, capped, and NOTHING where unseen.
@@ -159,64 +169,70 @@ struct Attend {
   }
 
   static void span(const Attention& a, int64_t b, int64_t h, int64_t begin, int64_t end, float* sums, void* scratch) {
-    int64_t R = a.queries(), H = width(a), G = a.N / a.K, at = (b * a.K + h) * a.S;
-    float* q = (float*)scratch;
-    float *out = q + R * H, *weights = out + R * H, *held = weights + R * SLOTS, *best = held + SLOTS * H,
-          *total = best + R;
+    int64_t R = a.queries(), H = P::width(a.H), G = a.N / a.K, at = (b * a.K + h) * a.S;
+    float *out = (float*)scratch, *weights = out + R * H, *best = weights + R * SLOTS, *total = best + R;
+    Query* q = (Query*)(total + R);
     for (int64_t r = 0; r < R; r++) {
-      const float* from = a.q + ((b * a.T + r % a.T) * a.N + h * G + r / a.T) * a.H;
-      for (int64_t i = 0; i < H; i++) q[r * H + i] = i < a.H ? from[i] : 0, out[r * H + i] = 0;
+      P::ready(a.q + ((b * a.T + r % a.T) * a.N + h * G + r / a.T) * a.H, a.H, q + r * H);
+      for (int64_t i = 0; i < H; i++) out[r * H + i] = 0;
       best[r] = NOTHING, total[r] = 0;
     }
     for (int64_t first = begin; first < end; first += SLOTS) {
-      int64_t n = least(SLOTS, end - first), stride, r = 0;
-      const float* k = rows((const Elem*)a.k + (at + first) * a.H, n, a.H, held, &stride);
-      for (; r + 2 <= R; r += 2) products<2>(q + r * H, k, stride, n, H, weights + r * SLOTS);
-      for (; r < R; r++) products<1>(q + r * H, k, stride, n, H, weights + r * SLOTS);
-      for (r = 0; r < R; r++) {
-        float* s = weights + r * SLOTS;
-        finish(a, b, at, a.position[b * a.T + r % a.T], first, n, s);
-        weigh(a, at + first, n, H, s, best + r, total + r, out + r * H);
-      }
-      const float* v = rows((const Elem*)a.v + (at + first) * a.H, n, a.H, held, &stride);
-      for (r = 0; r + 4 <= R; r += 4) values<4>(weights + r * SLOTS, v, stride, n, H, out + r * H);
-      for (; r < R; r++) values<1>(weights + r * SLOTS, v, stride, n, H, out + r * H);
+      const Elem *k = (const Elem*)a.k + (at + first) * a.H, *v = (const Elem*)a.v + (at + first) * a.H;
+      int64_t n = least(SLOTS, end - first), r = 0;
+      bool fetch = true;
+      for (; r + MANY <= R; r += MANY, fetch = false) P::template scores<MANY>(q + r * H, k, v, n, a.H, weights + r * SLOTS, fetch);
+      for (; r < R; r++, fetch = false) P::template scores<1>(q + r * H, k, v, n, a.H, weights + r * SLOTS, fetch);
+      for (r = 0; r < R; r++) finish(a, b, at, a.position[b * a.T + r % a.T], first, n, weights + r * SLOTS);
+      for (r = 0; r + MANY <= R; r += MANY)
+        weigh<MANY>(a, at + first, n, H, weights + r * SLOTS, best + r, total + r, out + r * H);
+      for (; r < R; r++) weigh<1>(a, at + first, n, H, weights + r * SLOTS, best + r, total + r, out + r * H);
+      for (r = 0; r + MANY <= R; r += MANY) P::template values<MANY>(weights + r * SLOTS, v, n, a.H, out + r * H);
+      for (; r < R; r++) P::template values<1>(weights + r * SLOTS, v, n, a.H, out + r * H);
     }
     for (int64_t r = 0; r < R; r++) {
       float* to = sums + r * (a.H + 2);
       to[0] = best[r], to[1] = total[r];
-      for (int64_t i = 0; i < a.H; i++) to[2 + i] = out[r * H + i];
+      for (int64_t i = 0; i < a.H; i++) to[2 + i] = out[r * H + P::place(i)];
     }
   }
 
-  // Scores [SLOTS] become weights, times the scales of the values; what was summed before fades to the new largest.
+  // Scores [R, SLOTS] become weights, times the scales of the values; what was summed before fades to the new largest.
+  template <int R>
   static void weigh(const Attention& a, int64_t at, int64_t n, int64_t H, float* s, float* best, float* total,
                     float* out) {
-    V most = get(s);
-    for (int64_t i = WIDTH; i < SLOTS; i += WIDTH) {
-      V one = get(s + i);
-      most = one > most ? one : most;
+    V sum[R];
+    float base[R];
+    EACH(r, R) {
+      V most = get(s + r * SLOTS);
+      for (int64_t i = WIDTH; i < SLOTS; i += WIDTH) {
+        V one = get(s + r * SLOTS + i);
+        most = one > most ? one : most;
+      }
+      float lane[WIDTH], peak = best[r];
+      put(lane, most);
+      F4 four = *(F4*)lane;
+      for (int64_t i = 4; i < WIDTH; i += 4) four = *(F4*)(lane + i) > four ? *(F4*)(lane + i) : four;
+      EACH(i, 4) peak = four[i] > peak ? four[i] : peak;
+      base[r] = peak == NOTHING ? 0 : peak;
+      if (peak > best[r]) fade(exp(T::all(best[r] - peak)), H, total + r, out + r * H);
+      best[r] = peak;
+      sum[r] = T::zero();
     }
-    float lane[WIDTH], peak = *best;
-    put(lane, most);
-    for (int64_t i = 0; i < WIDTH; i++) peak = lane[i] > peak ? lane[i] : peak;
-    float base = peak == NOTHING ? 0 : peak;
-    if (peak > *best) {
-      float fade[WIDTH];
-      put(fade, exp(all(*best - peak)));
-      *total *= fade[0];
-      for (int64_t i = 0; i < H; i += WIDTH) put(out + i, get(out + i) * fade[0]);
-      *best = peak;
-    }
-    V sum = T::zero();
     for (int64_t i = 0; i < SLOTS; i += WIDTH) {
-      V weight = exp(get(s + i) - base);
-      put(s + i, weight);
-      sum = sum + weight;
+      V weight[R];
+      EACH(r, R) weight[r] = exp(get(s + r * SLOTS + i) - base[r]);
+      EACH(r, R) sum[r] = sum[r] + weight[r];
+      EACH(r, R) put(s + r * SLOTS + i, weight[r]);
     }
-    F4 four = T::sum4(sum, T::zero(), T::zero(), T::zero());
-    *total += four[0];
-    for (int64_t i = 0; a.v_scale && i < n; i++) s[i] *= a.v_scale[at + i];
+    EACH(r, R) total[r] += T::sum4(sum[r], T::zero(), T::zero(), T::zero())[0];
+    for (int64_t r = 0; a.v_scale && r < R; r++)
+      for (int64_t i = 0; i < n; i++) s[r * SLOTS + i] *= a.v_scale[at + i];
+  }
+
+  static void fade(V by, int64_t H, float* total, float* out) {
+    *total *= by[0];
+    for (int64_t i = 0; i < H; i += WIDTH) put(out + i, get(out + i) * by);
   }
 
   static void merge(const Attention& a, int64_t b, int64_t h, int64_t spans, const float* sums) {
@@ -233,7 +249,7 @@ struct Attend {
         const float* from = sums + (s * R + r) * size;
         if (from[1] == 0) continue;
         float fade[WIDTH];
-        put(fade, exp(all(from[0] == NOTHING ? 0 : from[0] - best)));
+        put(fade, exp(T::all(from[0] == NOTHING ? 0 : from[0] - best)));
         total += from[1] * fade[0];
         for (int64_t i = 0; i < a.H; i++) to[i] += from[2 + i] * fade[0];
       }

@@ -15,8 +15,9 @@ constexpr int64_t SMALL_BYTES = 128 * 1024;  // of keys and values, that are rea
 
 enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
 
-const Attender& choose(int32_t isa, Form form) {
+const Attender& choose(int32_t isa, Form form, bool half) {
 #if defined(__x86_64__)
+  if (isa >= AVX512BF16 && form == BF16 && half) return avx512bf16_attend;
   static const Attender* const avx512[] = {&avx512_attend_f32, &avx512_attend_bf16, &avx512_attend_int8};
   static const Attender* const avx2[] = {&avx2_attend_f32, &avx2_attend_bf16, &avx2_attend_int8};
   if (isa >= AVX512) return *avx512[form];
@@ -71,7 +72,7 @@ class Attending : public Job {
   float* const sums_;
 };
 
-ffi::Error attend(const Attention& a, Form form, ffi::ThreadPool& pool, int32_t isa, int32_t threads) {
+ffi::Error attend(const Attention& a, Form form, bool half, ffi::ThreadPool& pool, int32_t isa, int32_t threads) {
   if (isa > best_isa()) return ffi::Error::InvalidArgument("this machine has no such instruction set");
   if (!a.B || !a.T || !a.N || !a.H) return ffi::Error::Success();
   std::vector<Range> ranges(a.B);
@@ -85,7 +86,7 @@ ffi::Error attend(const Attention& a, Form form, ffi::ThreadPool& pool, int32_t 
   constexpr int64_t BYTES[] = {4, 2, 1};
   int64_t most = threads > 0 ? threads : slots * a.K * a.H * 2 * BYTES[form] < SMALL_BYTES ? 1 : pool.num_threads();
   std::unique_ptr<float[]> sums(new (std::nothrow) float[spans * a.K * size + 1]);
-  const Attender& kernel = choose(isa < 0 ? best_isa() : isa, form);
+  const Attender& kernel = choose(isa < 0 ? best_isa() : isa, form, half);
   bool done = sums != nullptr;
   if (done && spans) done = Job::share(pool, std::make_shared<Attending>(a, kernel, ranges, spans, sums.get()), most);
   if (!done) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention found no memory for its scratch");
@@ -104,10 +105,10 @@ bool has(ffi::Span<const int64_t> dimensions, std::initializer_list<int64_t> siz
 
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                      ffi::Buffer<ffi::S32> position, ffi::RemainingArgs more, ffi::ResultBuffer<ffi::F32> out,
-                     float scale, float cap, int64_t window, int64_t sinks, bool slots, int32_t isa, int32_t threads) {
+                     float scale, float cap, int64_t window, int64_t sinks, bool slots, bool half, int32_t isa, int32_t threads) {
   auto qs = q.dimensions(), ks = k.dimensions();
   ffi::DataType kind = k.element_type();
-  Form form = kind == ffi::F32 ? F32 : kind == ffi::BF16 ? BF16 : INT8;
+  Form form = kind == ffi::F32 ? F32 : kind == ffi::BF16 || kind == ffi::U16 ? BF16 : INT8;
   if ((form == INT8 && kind != ffi::S8) || v.element_type() != kind)
     return ffi::Error::InvalidArgument("attention reads caches of float32, bfloat16 or int8");
   size_t extra = (form == INT8 ? 2 : 0) + (slots ? 1 : 0);
@@ -131,7 +132,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
       return ffi::Error::InvalidArgument("slots are int32 [B, S]");
     a.slot = slot->typed_data();
   }
-  return attend(a, form, pool, isa, threads);
+  return attend(a, form, half, pool, isa, threads);
 }
 
 }  // namespace
@@ -154,5 +155,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attention, attention,
                                   .Attr<int64_t>("window")
                                   .Attr<int64_t>("sinks")
                                   .Attr<bool>("slots")
+                                  .Attr<bool>("half")
                                   .Attr<int32_t>("isa")
                                   .Attr<int32_t>("threads"));

@@ -11,6 +11,7 @@ struct Base {
   using V = __m256;
   static constexpr int WIDTH = 8, ROWS = 3;
   static V zero() { return _mm256_setzero_ps(); }
+  static V all(float x) { return _mm256_set1_ps(x); }
   static V step(V sum, X x, X w) { return _mm256_fmadd_ps(x, w, sum); }
   static V pair(V a, V b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
   static F4 sum4(V a, V b, V c, V d) {

@@ -15,6 +15,7 @@ struct Lanes {
     _mm512_mask_storeu_ps(to, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from)));
   }
   static V zero() { return _mm512_setzero_ps(); }
+  static V all(float x) { return _mm512_set1_ps(x); }
   static V pair(V a, V b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
   static F4 sum4(V a, V b, V c, V d) {
     __m512d ab = _mm512_castps_pd(pair(a, b)), cd = _mm512_castps_pd(pair(c, d));

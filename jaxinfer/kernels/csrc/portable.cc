@@ -19,6 +19,7 @@ struct Base {
   static V step(V sum, X x, X w) { return sum + x * w; }
 #endif
   static V zero() { return V{0, 0, 0, 0}; }
+  static V all(float x) { return V{x, x, x, x}; }
   static F4 sum4(V a, V b, V c, V d) {
     return F4{(a[0] + a[2]) + (a[1] + a[3]), (b[0] + b[2]) + (b[1] + b[3]), (c[0] + c[2]) + (c[1] + c[3]),
               (d[0] + d[2]) + (d[1] + d[3])};
