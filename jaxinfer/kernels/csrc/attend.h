@@ -57,8 +57,8 @@ struct Floats {
       const Elem* row[4];
       EACH(c, 4) row[c] = k + least(s + c, n - 1) * H;
       for (int64_t i = s * H; fetch && i < (s + 4) * H; i += LINE) {
-        __builtin_prefetch(v + i);
-        __builtin_prefetch(k + n * H + i);
+        __builtin_prefetch(v + i, 0, SECOND_CACHE);
+        __builtin_prefetch(k + n * H + i, 0, SECOND_CACHE);
       }
       V sum[R][4], part[4];
       EACH(r, R) EACH(c, 4) sum[r][c] = T::zero();

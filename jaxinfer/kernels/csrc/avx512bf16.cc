@@ -49,8 +49,8 @@ struct Pairs {
       const uint16_t* from[4];
       EACH(c, 4) from[c] = k + least(s + c, n - 1) * H;
       for (int64_t i = s * H; fetch && i < (s + 4) * H; i += WIDTH) {
-        __builtin_prefetch(v + i);
-        __builtin_prefetch(k + n * H + i);
+        __builtin_prefetch(v + i, 0, SECOND_CACHE);
+        __builtin_prefetch(k + n * H + i, 0, SECOND_CACHE);
       }
       __m512 sum[R][4];
       __m512i part[4];

@@ -202,8 +202,8 @@ struct Linear {
     return rows == 3 ? tile<3, PACKED, FETCH> : rows == 2 ? tile<2, PACKED, FETCH> : tile<1, PACKED, FETCH>;
   }
 
-  // One chunk of COLUMNS rows of w, from column o on, times `rows` rows of x, which are ready. Where there are few rows
-  // the first tile asks for all that the next strip will read, where there are many each of the first tiles for a row.
+  // One chunk of COLUMNS rows of w, from column o on, times `rows` rows of x, which are ready. The first tiles share in
+  // asking for what the next strip will read, so that memory is at work all the time.
   static void strip(const Product& p, const X* x, W* packed, int64_t row, int64_t rows, int64_t o,
                     int64_t start) {
     Row w[COLUMNS];
@@ -220,12 +220,15 @@ struct Linear {
       for (int c = 0; rest && c < COLUMNS; c++)
         packed[full * COLUMNS + c] = T::weight_part(w[c], full, int(rest));
     }
-    int64_t high = tile_rows(rows);
-    for (int64_t r = 0, index = 0; r < rows; r += high, index++) {
+    int64_t high = tile_rows(rows), each = rows <= high ? COLUMNS : rows <= 3 * high && !copied ? 2 : 1;
+    for (int64_t r = 0, asked = 0; r < rows; r += high, asked += each) {
       int64_t here = least(high, rows - r);
-      Tile tile = copied ? (index < COLUMNS ? tile_of<true, 1>(here) : tile_of<true, 0>(here))
-                         : (index == 0 ? tile_of<false, COLUMNS>(here) : tile_of<false, 0>(here));
-      tile(x + r * count, packed, w, next + (copied && index < COLUMNS ? index : 0), length, start == 0,
+      Tile tile = asked >= COLUMNS ? (copied ? tile_of<true, 0>(here) : tile_of<false, 0>(here))
+                  : copied         ? tile_of<true, 1>(here)
+                  : each == 1      ? tile_of<false, 1>(here)
+                  : each == 2      ? tile_of<false, 2>(here)
+                                   : tile_of<false, COLUMNS>(here);
+      tile(x + r * count, packed, w, next + least(asked, COLUMNS - 1), length, start == 0,
            p.y + (row + r) * p.outer + o, p.outer, int(least(COLUMNS, p.outer - o)));
     }
   }
