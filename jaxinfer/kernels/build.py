@@ -23,6 +23,7 @@ AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl")
 UNITS = {  # each instruction set is a file with flags of its own; which one runs is chosen at run time
     "linear.cc": (),
     "attention.cc": (),
+    "read.cc": (),
     "portable.cc": (),
     "avx2.cc": AVX2,
     "avx512.cc": AVX512,

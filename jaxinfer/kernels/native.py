@@ -6,8 +6,10 @@ import ctypes
 import functools
 import logging
 import threading
+from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from jaxinfer.kernels import build
 
@@ -32,6 +34,25 @@ def unavailable() -> str | None:
     """
     with _lock:
         return _load()
+
+
+def read(words: np.ndarray, isa: str | None = None) -> int:
+    """Reads an array of uint64 by one thread and the widest loads there are; gives the sum, modulo 2**64.
+
+    No program reads faster, so that is what others are compared with. It works beside Python's other threads. isa: one
+    of ISAS, for tests. RuntimeError if there is no kernel.
+    """
+    demand()
+    if words.dtype != np.uint64 or not words.flags.c_contiguous:
+        raise ValueError(f"read got an array of {words.dtype}: give it uint64 that lie side by side")
+    return _reader()(words.ctypes.data, words.size, BEST if isa is None else ISAS[isa])
+
+
+@functools.cache
+def _reader() -> Callable[[int, int, int], int]:
+    reader = ctypes.CDLL(str(build.library())).jaxinfer_read
+    reader.argtypes, reader.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32), ctypes.c_uint64
+    return reader
 
 
 def demand() -> None:
