@@ -8,6 +8,8 @@ Where a result went is its reader's business, so no directory of this machine is
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import os
 import pathlib
@@ -18,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 
 def hardware() -> str:
@@ -51,22 +54,63 @@ def date() -> str:
     return time.strftime("%Y-%m-%d")
 
 
-def plain_read(size: int = 1 << 30, passes: int = 5) -> float:
-    """GB/s of a plain read by every core at once, the best of some passes."""
+READ = 1 << 30  # bytes, past what a processor keeps
+
+
+def plain_read(size: int = READ, passes: int = 5) -> float:
+    """GB/s of a plain read of memory: the best of some passes in every way there is, see `reads`."""
+    way = reads(size)
+    return way.rate(seconds(way.ways, passes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """Memory to read, and by name every way to read all of it once."""
+
+    moved: int  # bytes, of one pass
+    ways: dict[str, Callable[[], object]]
+
+    def rate(self, took: dict[Any, list[float]]) -> float:
+        """GB/s of the fastest pass, given the seconds of all."""
+        return self.moved / min(min(took[name]) for name in self.ways) / 1e9
+
+    def beside(self, lines: list[dict[str, Any]], took: dict[Any, list[float]]) -> list[dict[str, Any]]:
+        """Lines of results with their share of a read in the same rounds, or of the fastest line where that is more."""
+        rate = self.rate(took)
+        most = max([rate, *(line["gb_per_second"] for line in lines)])
+        return [
+            line | {"plain_read": round(rate, 2), "share_beside": round(line["gb_per_second"] / most, 3)}
+            for line in lines
+        ]
+
+
+def reads(size: int) -> Reads:
+    """So many bytes to read: by every core at once, with the kernels' widest loads (where they can be built) and with
+    numpy. On other devices than a CPU they are copied, which moves twice as many."""
+    import jax
+    import jax.numpy as jnp
     import numpy as np
 
+    from jaxinfer.kernels import native
+
+    if jax.default_backend() != "cpu":
+        x = jnp.zeros(size // 4, jnp.float32)
+        return Reads(2 * x.nbytes, {"copy": functools.partial(jax.jit(lambda x: x + 1), x)})
     cores = os.cpu_count() or 1
-    parts = [np.ones(size // 8 // cores, np.int64) for _ in range(cores)]
-    best = 0.0
-    for _ in range(passes):
-        threads = [threading.Thread(target=part.max) for part in parts]
-        began = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        best = max(best, size / (time.perf_counter() - began) / 1e9)
-    return best
+    parts = [np.ones(-(-size // 8 // cores), np.uint64) for _ in range(cores)]
+    ways: dict[str, Callable[[], object]] = {"numpy": functools.partial(at_once, np.max, parts)}
+    if native.unavailable() is None:
+        ways["kernel"] = functools.partial(at_once, native.read, parts)
+    return Reads(sum(part.nbytes for part in parts), ways)
+
+
+def at_once(function: Callable[[Any], object], parts: list[Any]) -> None:
+    """Each part by a thread of its own, which lets go of Python's lock."""
+    threads = [threading.Thread(target=function, args=(part,)) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -74,11 +118,19 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def seconds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def ratio(a: list[float], b: list[float] | None) -> dict[str, float] | None:
+    """The ratio of two medians, and its spread round by round; None where there is nothing to compare with."""
+    if b is None:
+        return None
+    rounds = [x / y for x, y in zip(a, b, strict=True)]
+    return {"ratio": statistics.median(a) / statistics.median(b), **spread(rounds)}
+
+
+def seconds(runs: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:
     """Of every run, turn by turn in each round; a first round, for compilers, is not counted."""
     import jax
 
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    found: dict[Any, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
             began = time.perf_counter()
@@ -86,3 +138,45 @@ def seconds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, lis
             if turn:
                 found[name].append(time.perf_counter() - began)
     return found
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def forget_peak() -> bool:
+    """Makes `peak_memory` begin anew; False where it never forgets."""
+    import jax
+
+    path = pathlib.Path("/proc/self/clear_refs")
+    if jax.default_backend() != "cpu" or not os.access(path, os.W_OK):
+        return False
+    path.write_text("5")  # of all it can forget, the peak: proc(5)
+    return True
+
+
+def peak_memory() -> int | None:
+    """The most bytes that were held: on a device with memory of its own there, else by this process; None: unknown."""
+    import jax
+
+    stats, status = jax.local_devices()[0].memory_stats(), pathlib.Path("/proc/self/status")
+    if stats:
+        return stats["peak_bytes_in_use"]
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+
+def draw(path: pathlib.Path, plot: Callable[[pathlib.Path, Any], None], found: Any) -> None:
+    """A picture of what was found; a line that says what to install, where nothing can draw it."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(
+            f"{path.name} was not drawn: there is no matplotlib, which `pip install matplotlib` brings", file=sys.stderr
+        )
+        return
+    matplotlib.use("Agg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot(path, found)

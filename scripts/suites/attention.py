@@ -1,7 +1,8 @@
-"""Attention of one new token a row to a cache, alone: GB/s of what is valid, as a share of a plain read.
+"""Attention of one new token a row to a cache, alone: GB/s of what is valid, as a share of what memory can give.
 
-Layers enough to fill 256 MB follow one another in one program, so that no cache of the processor holds them. Kernel and
-XLA's form are measured in turns, with a plain read of memory before each shape.
+Layers enough to fill 256 MB follow one another in one program, so that no cache of the processor holds them. All shapes
+of a dtype, kernel and XLA's form, are measured in turns, and plain reads of memory with them: other work on a machine
+slows all of them. So what room costs that is allocated and not valid is a ratio within rounds (`over_packed`).
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+from collections.abc import Callable
 from typing import Any
 
+import ceilings
 import measured
+from screen import size
 
 DISTINCT = 256 << 20  # bytes, past what a processor keeps
 
@@ -43,64 +47,94 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shapes = [(valid, room) for valid in args.valid for room in args.allocated or [valid] if room >= valid]
     if not shapes:
         raise ValueError(f"--allocated is {args.allocated}: there must be room for --valid {min(args.valid)}")
-    results = []
-    for valid, room in shapes:
-        for dtype in args.dtype:
-            ceiling = measured.plain_read()
-            for line in measure(args, valid, room, dtype):
-                line |= {"plain_read": round(ceiling, 1), "share": round(line["gb_per_second"] / ceiling, 3)}
-                results.append(line)
-                print(
-                    f"{args.rows} x {valid} of {room} {dtype:9} {line['kernel']:9} {line['ms']['median']:8.3f} ms, "
-                    f"{line['gb_per_second']:5.1f} GB/s, {line['share']:.2f} of a plain read",
-                    flush=True,
-                )
-    shape = {name: getattr(args, name) for name in ("rows", "heads", "kv_heads", "head_dim", "rounds")}
-    return {"benchmark": "attention of a decode step alone; ms are of one layer", **shape, "results": results}
+    for dtype in args.dtype:
+        check_memory(args, shapes, dtype)
+    limits = ceilings.measure()
+    results: list[dict[str, Any]] = []
+    for dtype in args.dtype:
+        for line in measure(args, shapes, dtype):
+            limits.reached("read", line["gb_per_second"], f"{line['valid']} of {line['allocated']} {dtype}")
+            show(args, line, limits.share("read", line["gb_per_second"]))
+            results.append(line)
+    limits.show_raised()
+    return {
+        "benchmark": "attention of a decode step alone; ms are of one layer",
+        **{name: getattr(args, name) for name in ("rows", "heads", "kv_heads", "head_dim", "rounds")},
+        "ceilings": limits.told(),
+        "results": [
+            line | {"share": round(limits.share("read", line["gb_per_second"]), 3)} for line in results
+        ],
+    }  # fmt: skip
 
 
-def measure(args: argparse.Namespace, valid: int, room: int, dtype: str) -> list[dict[str, Any]]:
-    """Every kernel in turn over the same layers."""
-    import jax
+def show(args: argparse.Namespace, line: dict[str, Any], share: float) -> None:
+    """Prints it, and what its empty room costs."""
+    what = f"{args.rows} x {line['valid']} of {line['allocated']} {line['dtype']:9} {line['kernel']:9}"
+    print(
+        f"{what} {line['ms']['median']:8.3f} ms, {line['gb_per_second']:5.1f} GB/s, {share:.2f} of the ceiling, "
+        f"{line['share_beside']:.2f} of a read beside it",
+        flush=True,
+    )
+    if over := line["over_packed"]:
+        print(
+            f"{what} {over['ratio']:8.3f} times what {line['valid']} of {line['valid']} take "
+            f"({over['min']:.3f} to {over['max']:.3f} round by round)",
+            flush=True,
+        )
+
+
+# --- the caches ----------------------------------------------------------------------------------------------------
+
+
+def bytes_read(args: argparse.Namespace, valid: int, dtype: str) -> int:
+    """Of one layer."""
     import jax.numpy as jnp
 
-    from jaxinfer import kernels
+    vector = args.head_dim + 4 if dtype == "int8" else args.head_dim * jnp.dtype(dtype).itemsize
+    return 2 * args.rows * args.kv_heads * valid * vector
+
+
+def num_layers(args: argparse.Namespace, valid: int, dtype: str) -> int:
+    """How many layers hold enough that is valid."""
+    return -(-DISTINCT // bytes_read(args, valid, dtype))
+
+
+def empty(args: argparse.Namespace, valid: int, room: int, dtype: str) -> Any:
+    """The shapes of a cache; nothing is allocated."""
+    import jax
+
     from jaxinfer.cache import init_cache
-    from jaxinfer.cache.slots import look
-    from jaxinfer.config import LayerSpec, ModelConfig, NormSpec
+    from jaxinfer.config import ModelConfig
 
-    scalars = 2 * args.rows * args.kv_heads * valid
-    bytes_read = scalars * (args.head_dim + 4 if dtype == "int8" else args.head_dim * jnp.dtype(dtype).itemsize)
-    num = -(-DISTINCT // bytes_read)
-    norm = NormSpec(eps=1e-5)
-    spec = LayerSpec(
-        num_heads=args.heads, num_kv_heads=args.kv_heads, head_width=args.head_dim, scale=args.head_dim**-0.5,
-        rope=None, ffn_width=1, norm=norm,
-    )  # fmt: skip
-    config = ModelConfig(vocab_size=1, width=1, layers=(spec,) * num, norm=norm, dtype="float32")
+    spec = layer(args)
+    layers = (spec,) * num_layers(args, valid, dtype)
+    config = ModelConfig(vocab_size=1, width=1, layers=layers, norm=spec.norm, dtype="float32")
     kind, plain = ("int8", None) if dtype == "int8" else ("dense", dtype)
-    cache = init_cache(config, args.rows, room, kind, dtype=plain)
-    cache = cache.replace(layers=jax.tree.map(filled, cache.layers), length=jnp.full(args.rows, valid - 1, jnp.int32))
-    q = jax.random.normal(jax.random.key(0), (args.rows, 1, args.heads, args.head_dim))
+    return jax.eval_shape(lambda: init_cache(config, args.rows, room, kind, dtype=plain))
 
-    @functools.partial(jax.jit, static_argnames="kernel")
-    def program(q: Any, layers: Any, length: Any, kernel: str) -> Any:
-        held = cache.replace(layers=layers, length=length)
-        step = held.step(jnp.ones(args.rows, jnp.int32), 1)
-        with kernels.use(kernels.KernelChoice(attention=kernel)):
-            for layer in layers:
-                q = look(q, [layer.source(step.end, step.pages)], spec, step)
-        return q
 
-    runs = {name: functools.partial(program, q, cache.layers, cache.length, name) for name in args.kernel}
-    return [
-        {
-            "valid": valid, "allocated": room, "dtype": dtype, "kernel": name,
-            "ms": {key: round(value / num * 1e3, 4) for key, value in measured.spread(times).items()},
-            "gb_per_second": round(bytes_read * num / statistics.median(times) / 1e9, 2),
-        }
-        for name, times in measured.seconds(runs, args.rounds).items()
-    ]  # fmt: skip
+def layer(args: argparse.Namespace) -> Any:
+    """The heads."""
+    from jaxinfer.config import LayerSpec, NormSpec
+
+    return LayerSpec(
+        num_heads=args.heads, num_kv_heads=args.kv_heads, head_width=args.head_dim, scale=args.head_dim**-0.5,
+        rope=None, ffn_width=1, norm=NormSpec(eps=1e-5),
+    )  # fmt: skip
+
+
+def check_memory(args: argparse.Namespace, shapes: list[tuple[int, int]], dtype: str) -> None:
+    """Refuses caches that do not fit all at once, beside what is read and one layer as XLA's form widens it."""
+    from jaxinfer import kernels
+
+    held = sum(empty(args, valid, room, dtype).bytes for valid, room in shapes)
+    widened = max(bytes_read(args, room, "float32") for _, room in shapes)
+    need, free = held + widened + measured.READ, kernels.free_memory()
+    if free is not None and need > free:
+        raise ValueError(
+            f"the {dtype} caches of {len(shapes)} shapes, measured in turns, need {size(need)} at once but "
+            f"{size(free)} are free: give fewer --valid or --allocated, or fewer --rows"
+        )
 
 
 def filled(x: Any) -> Any:
@@ -111,3 +145,50 @@ def filled(x: Any) -> Any:
     if x.dtype == jnp.int8:
         return jax.random.randint(jax.random.key(1), x.shape, -127, 128, x.dtype)
     return (0.02 * (1 + jax.random.uniform(jax.random.key(2), x.shape))).astype(x.dtype)
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+def measure(args: argparse.Namespace, shapes: list[tuple[int, int]], dtype: str) -> list[dict[str, Any]]:
+    """Every shape with every kernel in turn, and the reads."""
+    runs: dict[Any, Callable[[], object]] = {}
+    for valid, room in shapes:
+        attend = attention(args, valid, room, dtype)
+        runs |= {(valid, room, kernel): functools.partial(attend, kernel) for kernel in args.kernel}
+    reads = measured.reads(measured.READ)
+    took = measured.seconds(runs | reads.ways, args.rounds)
+    lines = []
+    for valid, room, kernel in runs:
+        num, times = num_layers(args, valid, dtype), took[valid, room, kernel]
+        lines.append({
+            "valid": valid, "allocated": room, "dtype": dtype, "kernel": kernel,
+            "ms": {key: round(value / num * 1e3, 4) for key, value in measured.spread(times).items()},
+            "gb_per_second": round(bytes_read(args, valid, dtype) * num / statistics.median(times) / 1e9, 2),
+            "over_packed": None if room == valid else measured.ratio(times, took.get((valid, valid, kernel))),
+        })  # fmt: skip
+    return reads.beside(lines, took)
+
+
+def attention(args: argparse.Namespace, valid: int, room: int, dtype: str) -> Callable[[str], Any]:
+    """A program that looks at a filled cache, layer by layer, with the kernel that it is given."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxinfer import kernels
+    from jaxinfer.cache.slots import look
+
+    shape, spec = empty(args, valid, room, dtype), layer(args)
+    layers, length = jax.tree.map(filled, shape.layers), jnp.full(args.rows, valid - 1, jnp.int32)
+    q = jax.random.normal(jax.random.key(0), (args.rows, 1, args.heads, args.head_dim))
+
+    @functools.partial(jax.jit, static_argnames="kernel")
+    def program(q: Any, layers: Any, length: Any, kernel: str) -> Any:
+        held = shape.replace(layers=layers, length=length)
+        step = held.step(jnp.ones(args.rows, jnp.int32), 1)
+        with kernels.use(kernels.KernelChoice(attention=kernel)):
+            for each in layers:
+                q = look(q, [each.source(step.end, step.pages)], spec, step)
+        return q
+
+    return functools.partial(program, q, layers, length)

@@ -1,7 +1,8 @@
-"""Products of rows with a weight, alone: GB/s of the weight as a share of a plain read, and GFLOP/s.
+"""Products of rows with a weight, alone: GB/s of the weight and GFLOP/s, as shares of what this machine can do.
 
 Weights enough to fill 256 MB follow one another in one program, so that no cache of the processor holds them; rows that
-come in bfloat16 meet weights in bfloat16, and float32 rows all others.
+come in bfloat16 meet weights in bfloat16, and float32 rows all others. Kernel and XLA's form are measured in turns, and
+plain reads of memory with them: other work on a machine slows all of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import statistics
 from typing import Any
 
+import ceilings
 import measured
 
 DISTINCT = 256 << 20  # bytes, past what a processor keeps
@@ -37,63 +39,81 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     inner, _, outer = args.shape.partition("x")
     if not (inner.isdecimal() and outer.isdecimal() and int(inner) and int(outer)):
         raise ValueError(f"--shape is {args.shape}: write inputs x outputs, such as 2048x8192")
+    maths = {form: math_of(form) for form in args.form}
+    limits = ceilings.measure()
+    reads = measured.reads(measured.READ)
     results = []
     for form in args.form:
         for rows in args.rows:
-            ceiling = measured.plain_read()
-            for line in measure(rows, int(inner), int(outer), form, args):
-                line |= {"plain_read": round(ceiling, 1), "share": round(line["gb_per_second"] / ceiling, 3)}
-                results.append(line)
-                print(
-                    f"{rows:4} rows {form:14} {line['kernel']:9} {line['ms']['median']:8.3f} ms, "
-                    f"{line['gb_per_second']:5.1f} GB/s, {line['share']:.2f} of a plain read, "
-                    f"{line['gflops_per_second']:7.1f} GFLOP/s",
-                    flush=True,
-                )
+            for line in measure(rows, int(inner), int(outer), form, args, reads):
+                by = f"{rows} rows of {form} ({line['kernel']})"
+                limits.reached("read", line["gb_per_second"], by)
+                limits.reached(maths[form], line["gflops_per_second"], by)
+                results.append(line | shares(line, limits, maths[form]))
+                show(results[-1])
+    limits.show_raised()
     return {
         "benchmark": "products alone; ms are of one",
         "shape": args.shape,
         "rounds": args.rounds,
-        "results": results,
+        "ceilings": limits.told(),
+        "results": [line | shares(line, limits, maths[line["form"]]) for line in results],
     }
 
 
-def measure(rows: int, inner: int, outer: int, form: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every kernel in turn over the same weights."""
+def math_of(form: str) -> str:
+    """The dtype whose products bound those with weights in this form."""
+    plain = form in ("float32", "bfloat16")
+    return ceilings.math_of(None if plain else form, form if plain else "float32")
+
+
+def shares(line: dict[str, Any], limits: ceilings.Ceilings, math: str) -> dict[str, Any]:
+    """Of what memory and products reach here."""
+    return {
+        "share": round(limits.share("read", line["gb_per_second"]), 3),
+        "share_of_products": round(limits.share(math, line["gflops_per_second"]), 3),
+    }
+
+
+def show(line: dict[str, Any]) -> None:
+    """Prints it."""
+    print(
+        f"{line['rows']:4} rows {line['form']:14} {line['kernel']:9} {line['ms']['median']:8.3f} ms, "
+        f"{line['gb_per_second']:5.1f} GB/s, {line['share']:.2f} of the ceiling, {line['share_beside']:.2f} of a read "
+        f"beside it, {line['gflops_per_second']:7.1f} GFLOP/s, {line['share_of_products']:.2f}",
+        flush=True,
+    )
+
+
+def measure(
+    rows: int, inner: int, outer: int, form: str, args: argparse.Namespace, reads: measured.Reads
+) -> list[dict[str, Any]]:
+    """Every kernel in turn over the same weights, and the reads."""
     import jax
     import jax.numpy as jnp
 
-    from jaxinfer import kernels, ops
-    from jaxinfer.models import quantize_one
-    from jaxinfer.quantization import parse_form
-
-    plain = form in ("float32", "bfloat16")
-    dtype = form if plain else "float32"
-
-    def weight(key: Any) -> Any:
-        w = jax.random.normal(key, (outer, inner), dtype)
-        return w if plain else quantize_one("up", w, parse_form(form), tied=False)
-
+    weight = functools.partial(ceilings.weight, outer=outer, inner=inner, form=form)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(weight, jax.random.key(0))))
     num = -(-DISTINCT // size)
     weights = [weight(jax.random.key(i)) for i in range(num)]
-    x = jax.random.normal(jax.random.key(0), (rows, inner), dtype)
+    x = jax.random.normal(jax.random.key(0), (rows, inner), ceilings.rows_of(form))
 
     @functools.partial(jax.jit, static_argnames="kernel")
     def program(x: Any, weights: Any, kernel: str) -> Any:
         total = jnp.zeros((rows, outer), jnp.float32)
-        with kernels.use(kernels.KernelChoice(linear=kernel)):
-            for w in weights:
-                total += ops.linear(x, w, "BD,FD->BF", dtype=jnp.float32)
+        for w in weights:
+            total += ceilings.multiply(x, w, kernel)
         return total
 
     runs = {name: functools.partial(program, x, weights, name) for name in args.kernel}
-    return [
+    took = measured.seconds(runs | reads.ways, args.rounds)
+    lines = [
         {
             "rows": rows, "form": form, "kernel": name,
-            "ms": {key: round(value / num * 1e3, 4) for key, value in measured.spread(times).items()},
-            "gb_per_second": round(size * num / statistics.median(times) / 1e9, 2),
-            "gflops_per_second": round(2 * rows * inner * outer * num / statistics.median(times) / 1e9, 1),
+            "ms": {key: round(value / num * 1e3, 4) for key, value in measured.spread(took[name]).items()},
+            "gb_per_second": round(size * num / statistics.median(took[name]) / 1e9, 2),
+            "gflops_per_second": round(2 * rows * inner * outer * num / statistics.median(took[name]) / 1e9, 1),
         }
-        for name, times in measured.seconds(runs, args.rounds).items()
+        for name in runs
     ]  # fmt: skip
+    return reads.beside(lines, took)

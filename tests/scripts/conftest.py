@@ -115,3 +115,14 @@ def alone(start):
         return text, json.loads(report)
 
     return alone
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """The ceilings of bench.py, measured on little and seldom."""
+    import ceilings
+    import measured
+
+    monkeypatch.setattr(measured, "READ", 1 << 16)
+    for name, value in {"READ": 1 << 16, "PASSES": 2, "ROUNDS": 2, "CPU": (8, 64, 96)}.items():
+        monkeypatch.setattr(ceilings, name, value)
