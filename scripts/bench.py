@@ -2,6 +2,8 @@
 
     python scripts/bench.py attention --valid 512 4096 --allocated 8192 --dtype float32 int8
     python scripts/bench.py matmul --rows 1 8 512 --form bfloat16 int8 int4:group=32
+    python scripts/bench.py latency --model builtin --input-len 32 --output-len 128 --batch-size 1 8 32
+    python scripts/bench.py startup --model builtin
     python scripts/bench.py peers --shape configs/models/llama-1.1b-bench.toml --dtype float32 bfloat16
 
 What is compared is measured in turns within one run: timings of a shared machine mean little alone.
@@ -16,10 +18,14 @@ import sys
 from typing import Any
 
 import measured
-from suites import attention, matmul, peers
+from flags import one_line
+from suites import attention, latency, matmul, peers, startup
 
-SUITES = {"attention": attention, "matmul": matmul, "peers": peers}
-COUNTS = ("prompt_length", "new_tokens", "rounds", "rows", "valid", "allocated", "heads", "kv_heads", "head_dim")
+SUITES = {"attention": attention, "latency": latency, "matmul": matmul, "peers": peers, "startup": startup}
+COUNTS = (
+    "prompt_length", "new_tokens", "rounds", "rows", "valid", "allocated", "heads", "kv_heads", "head_dim",
+    "input_len", "output_len", "batch_size", "num_iters", "num_iters_warmup",
+)  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,5 +66,5 @@ if __name__ == "__main__":
     arguments = parse_args()
     try:
         main(arguments)
-    except (ValueError, FileNotFoundError, ImportError) as refusal:
-        sys.exit(f"bench.py: {refusal}")
+    except (ValueError, OSError, ImportError) as refusal:
+        sys.exit(f"bench.py: {one_line(refusal)}")

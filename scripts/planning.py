@@ -16,8 +16,8 @@ from jaxinfer import cache as caches
 from jaxinfer import kernels, mesh, models, weights
 
 
-def read_shape(path: str, dtype: str) -> Any:
-    """The config in a file with the keys of a config.json, as TOML or JSON, arranged for the mesh."""
+def read_raw(path: str) -> dict[str, Any]:
+    """The keys of a config.json in a file, which is TOML or JSON."""
     text = pathlib.Path(path).read_text(encoding="utf-8")
     try:
         raw = json.loads(text) if path.endswith(".json") else tomllib.loads(text)
@@ -25,6 +25,12 @@ def read_shape(path: str, dtype: str) -> Any:
         raise ValueError(f"{path} is not {'JSON' if path.endswith('.json') else 'TOML'} ({error})") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}: it must hold the keys of a config.json")
+    return raw
+
+
+def read_shape(path: str, dtype: str) -> Any:
+    """The config of a shape in a file, arranged for the mesh."""
+    raw = read_raw(path)
     dtype = (raw.get("dtype") or raw.get("torch_dtype") or "float32") if dtype == "auto" else dtype
     if dtype not in FLOATS:
         raise ValueError(f"{path} has dtype {dtype!r}: set --dtype to one of {', '.join(FLOATS)}")
