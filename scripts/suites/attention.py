@@ -179,7 +179,9 @@ def attention(args: argparse.Namespace, valid: int, room: int, dtype: str) -> Ca
     from jaxinfer.cache.slots import look
 
     shape, spec = empty(args, valid, room, dtype), layer(args)
-    layers, length = jax.tree.map(filled, shape.layers), jnp.full(args.rows, valid - 1, jnp.int32)
+    drawn = jax.tree.map(filled, shape.layers[0])
+    layers = tuple(jax.tree.map(jnp.copy, drawn) for _ in shape.layers)  # sooner than to draw each
+    length = jnp.full(args.rows, valid - 1, jnp.int32)
     q = jax.random.normal(jax.random.key(0), (args.rows, 1, args.heads, args.head_dim))
 
     @functools.partial(jax.jit, static_argnames="kernel")

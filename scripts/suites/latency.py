@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     limits.show_raised()
     found = {
         "benchmark": "prompts to tokens, greedy: seconds of each phase, and their share of this machine's limits",
-        "model": model.name, "dtype": model.config.dtype, "weights": model.form, "cache": args.cache, "products": math,
+        "model": measured.without_directories(model.name), "dtype": model.config.dtype, "weights": model.form,
+        "cache": args.cache, "products": math,
         "input_len": args.input_len, "output_len": args.output_len, "num_iters": args.num_iters,
         "num_iters_warmup": args.num_iters_warmup, "seed": args.seed, "compiled_while_timed": compiled,
         "peak_memory_of": "an iteration" if measured.forget_peak() else "the whole run",

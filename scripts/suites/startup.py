@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     first = starts["warm"][0]
     return {
         "benchmark": "start-up: seconds of imports, and of decode.py from its start to the first token and to its end",
-        "model": args.shape.stem if args.shape else args.model, "dtype": first["dtype"], "weights": first["weights"],
+        "model": args.shape.stem if args.shape else measured.without_directories(args.model),
+        "dtype": first["dtype"], "weights": first["weights"],
         "weight_bytes": first["weight_bytes"], "input_len": args.input_len, "rounds": args.rounds,
         "imports": loaded, "results": results,
     }  # fmt: skip
