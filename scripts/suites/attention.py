@@ -144,7 +144,10 @@ def filled(x: Any) -> Any:
 
     if x.dtype == jnp.int8:
         return jax.random.randint(jax.random.key(1), x.shape, -127, 128, x.dtype)
-    return (0.02 * (1 + jax.random.uniform(jax.random.key(2), x.shape))).astype(x.dtype)
+    numbers = 0.02 * (1 + jax.random.uniform(jax.random.key(2), x.shape))
+    if x.dtype == jnp.uint16:  # the bits of bfloat16
+        return jax.lax.bitcast_convert_type(numbers.astype(jnp.bfloat16), x.dtype)
+    return numbers.astype(x.dtype)
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
@@ -182,7 +185,8 @@ def attention(args: argparse.Namespace, valid: int, room: int, dtype: str) -> Ca
     drawn = jax.tree.map(filled, shape.layers[0])
     layers = tuple(jax.tree.map(jnp.copy, drawn) for _ in shape.layers)  # sooner than to draw each
     length = jnp.full(args.rows, valid - 1, jnp.int32)
-    q = jax.random.normal(jax.random.key(0), (args.rows, 1, args.heads, args.head_dim))
+    queries = "bfloat16" if dtype == "bfloat16" else "float32"  # of a model in that dtype
+    q = jax.random.normal(jax.random.key(0), (args.rows, 1, args.heads, args.head_dim), queries)
 
     @functools.partial(jax.jit, static_argnames="kernel")
     def program(q: Any, layers: Any, length: Any, kernel: str) -> Any:
