@@ -21,6 +21,7 @@ import sys
 import time
 from typing import Any
 
+import losses
 import measured
 from flags import Parser, Refusal, doors
 from screen import size
@@ -82,12 +83,13 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     kinds = chosen(args)
     for kind in kinds:  # what cannot be is refused before anything is measured
         jaxinfer.cache.cache_bytes(config, args.rows, args.length, kind)
-    rows, num_bytes = texts(args, tokenizer)
+    documents = losses.read(args.text) if args.text else losses.held_out()
+    rows, num_bytes = losses.texts(documents, tokenizer, args.rows, args.prompt_length, args.length)
     found = {kind: {"kind": kind} for kind in kinds}
     print(f"{'kind':36} {'bytes a token':>13} {'bits a byte':>11} {'lost':>7} {'KL':>9}", flush=True)
     laws = None
     for kind in kinds:
-        facts, own = losses(args, params, config, rows, num_bytes, kind, laws)
+        facts, own = losses.of(params, config, rows, num_bytes, args.prompt_length, kind, laws)
         laws = own if laws is None else laws
         facts["lost"] = facts["bits_per_byte"] / found["dense"].get("bits_per_byte", facts["bits_per_byte"]) - 1
         found[kind] |= facts
@@ -121,79 +123,6 @@ def chosen(args: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
     kinds = args.kinds or ["paged", *NUMBERS, "paged+int8", *evicting, f"{evicting[1]}+int8"]
     return ["dense", *(kind for kind in dict.fromkeys(kinds) if kind != "dense")]
-
-
-def texts(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, int]:
-    """Rows of ids [B, L], and how many bytes the tokens of all rows stand for that are counted."""
-    import numpy as np
-
-    from jaxinfer import training
-
-    if args.text:
-        documents = {str(path): path.read_text(encoding="utf-8") for path in args.text}
-    else:
-        documents = training.read_corpus().held_out
-    rows: list[list[int]] = []
-    for text in documents.values():
-        ids = tokenizer.encode(text)
-        rows += [ids[i : i + args.length] for i in range(0, len(ids) - args.length + 1, args.length)][: args.rows]
-        if len(rows) >= args.rows:
-            break
-    if not rows:
-        raise ValueError(f"no text has {args.length} tokens: give a longer one, or lower --length")
-    ids = np.array(rows[: args.rows], np.int32)
-    return ids, sum(len(tokenizer.decode(row[args.prompt_length + 1 :].tolist()).encode()) for row in ids)
-
-
-def losses(
-    args: argparse.Namespace, params: Any, config: Any, ids: Any, num_bytes: int, kind: str, laws: Any
-) -> tuple[dict[str, Any], Any]:
-    """What the tokens after the prompts cost over a cache of a kind; and the laws [T, B, V] they were drawn from."""
-    import numpy as np
-
-    import jaxinfer
-
-    cache = jaxinfer.init_cache(config, len(ids), args.length, kind)
-    held = cache.bytes
-    nats, apart, agreed, own, kept = decoded(params, config, ids, cache, laws, prompt=args.prompt_length)
-    return {
-        "bytes": held,
-        "bytes_at_the_end": kept,
-        "bytes_per_token": kept / ids.size,
-        "bits_per_byte": float(np.asarray(nats, np.float64).sum() / np.log(2) / num_bytes),
-        "kl_to_dense": float(apart),
-        "same_best_as_dense": float(agreed),
-    }, own
-
-
-def decoded(params: Any, config: Any, ids: Any, cache: Any, laws: Any, prompt: int) -> tuple[Any, ...]:
-    """Reads the prompts, then feeds what follows: (nats [B, T], mean KL, share of same best ids, laws, bytes held)."""
-    import jax
-    import jax.numpy as jnp
-
-    import jaxinfer
-
-    _, cache = jaxinfer.prefill(params, config, ids[:, :prompt], cache)
-    if cache.compresses:
-        cache = jax.jit(lambda cache: cache.compress(ids.shape[1] - prompt))(cache)
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def follow(params, cache, ids, laws):
-        def one(cache, at):
-            fed, law = at
-            score, cache = jaxinfer.decode_step(params, config, fed, cache)
-            own = jax.nn.log_softmax(score)
-            if law is None:
-                return cache, (own, jnp.zeros(()), jnp.ones(()))
-            apart = (jnp.exp(law) * (law - own)).sum(-1).mean()
-            return cache, (own, apart, (law.argmax(-1) == own.argmax(-1)).mean())
-
-        cache, (own, apart, agreed) = jax.lax.scan(one, cache, (ids[:, prompt:-1].T, laws))
-        nats = -jnp.take_along_axis(own, ids[:, prompt + 1 :].T[..., None], 2)[..., 0].T
-        return nats, apart.mean(), agreed.mean(), own if laws is None else None, cache
-
-    nats, apart, agreed, own, cache = follow(params, cache, jnp.asarray(ids), laws)
-    return nats, apart, agreed, own, cache.bytes
 
 
 # --- speed ---------------------------------------------------------------------------------------------------------

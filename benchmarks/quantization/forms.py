@@ -4,7 +4,7 @@
 
 Speed is of a shape with random weights, for one row and for several, one dispatch a measurement, all forms in turn,
 round after round: only ratios within a round are compared. What a form loses is counted on the held-out text of the
-built-in model, by the tokens from --prompt-length on (as scripts/cache_report.py does).
+built-in model, as scripts/cache_report.py does.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import tomllib
 from typing import Any
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "scripts"))
-import cache_report
+import losses
 import measured
 
 FORMS = ("plain", "int8", "int8:dynamic", "int4:group=32", "int4:group=32,dynamic")
+TEXT = (16, 512, 1024)  # rows, tokens that are read before any counts, tokens of a row
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Measures, prints a table, writes what was found."""
-    lost = losses()
+    lost = lose()
     speeds, read = speed(args)
     for line in speeds:
         print(
@@ -60,17 +61,16 @@ def main(args: argparse.Namespace) -> None:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def losses() -> list[dict[str, Any]]:
+def lose() -> list[dict[str, Any]]:
     """Bits per byte of the built-in model's held-out text, and KL to the plain weights, by form."""
     import jaxinfer
 
-    how = cache_report.parse_args([])
     params, config = jaxinfer.load("builtin", "float32")
-    ids, num_bytes = cache_report.texts(how, jaxinfer.Tokenizer("builtin"))
+    ids, num_bytes = losses.texts(losses.held_out(), jaxinfer.Tokenizer("builtin"), *TEXT)
     found, laws = [], None
     for form in FORMS:
         coded = params if form == "plain" else jaxinfer.quantize(params, form)
-        facts, own = cache_report.losses(how, coded, config, ids, num_bytes, "dense", laws)
+        facts, own = losses.of(coded, config, ids, num_bytes, TEXT[1], laws=laws)
         laws = own if laws is None else laws
         row = {"form": form, "bits_per_byte": facts["bits_per_byte"], "kl_to_plain": facts["kl_to_dense"]}
         found.append(row | {"lost": facts["bits_per_byte"] / (found or [row])[0]["bits_per_byte"] - 1})
