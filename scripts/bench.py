@@ -5,6 +5,7 @@
     python scripts/bench.py latency --model builtin --input-len 32 --output-len 128 --batch-size 1 8 32
     python scripts/bench.py startup --model builtin
     python scripts/bench.py peers --shape configs/models/llama-1.1b-bench.toml --dtype float32 bfloat16
+    python scripts/bench.py techniques --widen --dtype bfloat16 --out techniques.json
 
 What is compared is measured in turns within one run: timings of a shared machine mean little alone.
 """
@@ -19,9 +20,12 @@ from typing import Any
 
 import measured
 from flags import one_line
-from suites import attention, latency, matmul, peers, startup
+from suites import attention, latency, matmul, peers, startup, techniques
 
-SUITES = {"attention": attention, "latency": latency, "matmul": matmul, "peers": peers, "startup": startup}
+SUITES = {
+    "attention": attention, "latency": latency, "matmul": matmul, "peers": peers, "startup": startup,
+    "techniques": techniques,
+}  # fmt: skip
 COUNTS = (
     "prompt_length", "new_tokens", "rounds", "rows", "valid", "allocated", "heads", "kv_heads", "head_dim",
     "input_len", "output_len", "batch_size", "num_iters", "num_iters_warmup",
