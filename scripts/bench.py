@@ -4,7 +4,7 @@
     python scripts/bench.py matmul --rows 1 8 512 --form bfloat16 int8 int4:group=32
     python scripts/bench.py latency --model builtin --input-len 32 --output-len 128 --batch-size 1 8 32
     python scripts/bench.py startup --model builtin
-    python scripts/bench.py peers --shape configs/models/llama-1.1b-bench.toml --dtype float32 bfloat16
+    python scripts/bench.py peers --shape configs/models/llama-1.1b-bench.toml --peer llama.cpp=ENV/bin/python
     python scripts/bench.py techniques --widen --dtype bfloat16 --out techniques.json
 
 What is compared is measured in turns within one run: timings of a shared machine mean little alone.
@@ -27,7 +27,8 @@ SUITES = {
     "techniques": techniques,
 }  # fmt: skip
 COUNTS = (
-    "prompt_length", "new_tokens", "rounds", "rows", "valid", "allocated", "heads", "kv_heads", "head_dim",
+    "prompt_length", "new_tokens", "rounds", "timeout", "rows", "prefill_rows", "valid", "allocated", "heads", "kv_heads",
+    "head_dim",
     "input_len", "output_len", "batch_size", "num_iters", "num_iters_warmup",
 )  # fmt: skip
 
@@ -38,7 +39,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parsers = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
     for name, suite in SUITES.items():
         what = (suite.__doc__ or "").split("\n\n")[0]
-        own = parsers.add_parser(name, help=what, description=suite.__doc__)
+        own = parsers.add_parser(
+            name, help=what, description=suite.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         suite.add_arguments(own)
         own.add_argument("--out", type=pathlib.Path, help="write the result here too")
         own.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")

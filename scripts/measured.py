@@ -44,8 +44,8 @@ def command(script: str, words: list[str] | None = None) -> str:
 
 
 def without_directories(word: str) -> str:
-    """An absolute path's last part, also after `--flag=`; any other word as it is."""
-    flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    """An absolute path's last part, also after `--flag=` or `name=`; any other word as it is."""
+    flag, equals, value = word.rpartition("=")
     return flag + equals + (pathlib.Path(value).name if os.path.isabs(value) else value)
 
 
