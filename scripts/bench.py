@@ -27,9 +27,8 @@ SUITES = {
     "techniques": techniques,
 }  # fmt: skip
 COUNTS = (
-    "prompt_length", "new_tokens", "rounds", "timeout", "rows", "prefill_rows", "valid", "allocated", "heads", "kv_heads",
-    "head_dim",
-    "input_len", "output_len", "batch_size", "num_iters", "num_iters_warmup",
+    "prompt_length", "new_tokens", "rounds", "timeout", "rows", "prefill_rows", "valid", "allocated", "heads",
+    "kv_heads", "head_dim", "input_len", "output_len", "batch_size", "num_iters", "num_iters_warmup",
 )  # fmt: skip
 
 
