@@ -74,3 +74,5 @@ if __name__ == "__main__":
         main(arguments)
     except (ValueError, OSError, ImportError) as refusal:
         sys.exit(f"bench.py: {one_line(refusal)}")
+    except KeyboardInterrupt:
+        sys.exit("bench.py: stopped")
