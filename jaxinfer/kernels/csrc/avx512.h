@@ -10,9 +10,11 @@ namespace {
 struct Lanes {
   using V = __m512;
   static constexpr int ROWS = 6;
-  static void halves(const uint16_t* from, float* to, int64_t n) {  // at most sixteen
-    __mmask16 mask = __mmask16((1u << n) - 1);
-    _mm512_mask_storeu_ps(to, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from)));
+  static void halves(const uint16_t* from, float* to, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) {
+      __mmask16 mask = n - i < 16 ? __mmask16((1u << (n - i)) - 1) : __mmask16(0xffff);
+      _mm512_mask_storeu_ps(to + i, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from + i)));
+    }
   }
   static V zero() { return _mm512_setzero_ps(); }
   static V all(float x) { return _mm512_set1_ps(x); }

@@ -14,13 +14,13 @@ namespace {
 
 typedef float F4 __attribute__((vector_size(16), aligned(4), may_alias));
 
-constexpr int64_t CHUNK_BYTES = 2048;    // of one row, ready to be multiplied: ten rows fit the first cache
+constexpr int64_t CHUNK = 32;            // vectors of a row that are summed up together: a tile's fit the first cache
 constexpr int64_t X_BYTES = 384 * 1024;  // of x, ready to be multiplied: they stay in the second cache
 constexpr int64_t PACKED_ROWS = 24;      // so many rows repay a copy of w's chunks
 constexpr int SECOND_CACHE = 2;          // a prefetch's locality: the first cache is full of what is being multiplied
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+constexpr int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
@@ -77,7 +77,7 @@ struct Int4 : T {
   using W = typename T::Ready;
   struct Row {
     const uint8_t* codes;
-    float scale[CHUNK_BYTES / sizeof(float) / UNIT];  // of each unit of a chunk
+    float scale[parts(CHUNK * T::WIDTH, UNIT)];  // of each unit of a chunk
   };
   static constexpr int64_t BYTES = T::WIDTH / 2;
   static constexpr bool SCALED = false;
@@ -86,7 +86,7 @@ struct Int4 : T {
   }
   static Row row(const Product& p, int64_t o, int64_t start) {
     Row row{(const uint8_t*)Int4::start(p, o, start), {}};
-    int64_t units = least(parts(p.inner - start, UNIT), CHUNK_BYTES / sizeof(float) / UNIT);
+    int64_t units = least(parts(p.inner - start, UNIT), parts(CHUNK * T::WIDTH, UNIT));
     int64_t first = start / UNIT, each = p.group / UNIT;
     const uint16_t* scale = (const uint16_t*)p.scale + o * (p.inner / p.group);
     if (each == 1) {
@@ -121,7 +121,7 @@ struct Linear {
   using X = typename T::X;
   using W = typename T::W;
   using Row = typename T::Row;
-  static constexpr int64_t WIDTH = T::WIDTH, CHUNK = CHUNK_BYTES / (sizeof(X) > 128 ? 256 : sizeof(X));
+  static constexpr int64_t WIDTH = T::WIDTH;
 
   static int64_t steps(const Product& p) { return parts(p.inner, WIDTH); }
   static int64_t tile_rows(int64_t rows) { return parts(rows, parts(rows, T::ROWS)); }
@@ -129,7 +129,7 @@ struct Linear {
   static bool few(const Product& p) { return p.rows * steps(p) * int64_t(sizeof(X)) <= X_BYTES; }
   static int64_t block_rows(const Product& p) {
     if (few(p)) return p.rows;
-    int64_t most = X_BYTES / CHUNK_BYTES;
+    int64_t most = X_BYTES / (CHUNK * int64_t(sizeof(X)));
     int64_t even = parts(p.rows, parts(p.rows, most));
     return parts(even, T::ROWS) * T::ROWS;
   }
