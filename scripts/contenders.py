@@ -188,7 +188,7 @@ class Contender:
         packed, rows = roofline.weights_of(self.technique.form), self.technique.rows
         if self.technique.uncached:
             return roofline.forward_bytes(self.config, self.work.size, [0] * rows, packed, "none")
-        kept = jax.tree.leaves(self.begun[0].cache.layers)[0].dtype.name
+        kept = self.begun[0].cache.form
         kind = dataclasses.replace(roofline.kind_of(self.technique.kind), dtype=kept if kept in FLOATS else None)
         new = 1 if self.draft is None else self.work.num_draft_tokens + 1
         half = self.work.prompts.shape[1] + self.num // 2

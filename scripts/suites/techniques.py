@@ -34,7 +34,7 @@ SETTINGS = (
     "dtype", "widen", "prompt_length", "new_tokens", "uncached_tokens", "rounds", "batch_size", "check_rows",
     "num_draft_tokens", "temperature", "text_rows", "text_length", "seed",
 )  # fmt: skip
-POSITIVE = ("uncached_tokens", "check_rows", "window", "num_draft_tokens", "text_rows", "batch_size")
+POSITIVE = ("uncached_tokens", "check_rows", "window", "num_draft_tokens", "text_rows")
 COLUMNS = (
     "technique", "ms a token", "tokens/s", "times `cache`", "weights", "cache", "peak above", "of read bandwidth",
     "bits a byte lost", "ids",

@@ -1,5 +1,7 @@
 """A cache in bfloat16, kept as numbers or by their bits: the same to all who read it."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,24 +23,25 @@ def codes_of(cache):
     return [x for x in leaves if isinstance(x, Codes)]
 
 
-@pytest.mark.parametrize("axes", ["", "tensor=2", "seq=2"])
-@pytest.mark.parametrize(
-    "kind", ["dense", "ring:window=6", "ring:window=6,sinks=2", "paged:page=8", "streaming:sinks=2,recent=8",
-             "h2o:budget=12,recent=4", "int4:group=4,residual=8"],
+KINDS = (
+    "dense", "ring:window=6", "ring:window=6,sinks=2", "paged:page=8", "streaming:sinks=2,recent=8",
+    "h2o:budget=12,recent=4", "int4:group=4,residual=8",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes"), [*itertools.product(KINDS, ("", "tensor=2")), ("dense", "seq=2")]
+)  # seq splits the dense cache alone
 def test_bits_say_what_numbers_say(kind, axes, on_mesh, monkeypatch):
-    if axes == "seq=2" and kind != "dense":
-        pytest.skip("seq splits the dense cache alone")
     params, config = tiny_model(num_heads=4, num_kv_heads=2, width=32, ffn_width=64, vocab_size=64)
     config = config.replace(dtype="bfloat16")
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
     def said(bits):
         monkeypatch.setattr(kernels, "keeps_bits", lambda dtype: bits and dtype == jnp.bfloat16)
-        jax.clear_caches()
         with on_mesh(axes), kernels.use(KernelChoice(attention="reference")):
             placed = jaxinfer.mesh.shard(params, jaxinfer.models.letters(config)) if axes else params
-            cache = kinds.init_cache(config, 3, 64, kind, dtype=jnp.bfloat16)
+            cache = jax.jit(lambda: kinds.empty_cache.__wrapped__(config, 3, 64, kind, dtype=jnp.bfloat16))()
             own = [x for x in codes_of(cache) if x.form == "bfloat16"]
             assert own and all(isinstance(x, Bits if bits else Plain) for x in own)
             return jaxinfer.generate(placed, config, PROMPTS, cache=cache, max_new_tokens=24)

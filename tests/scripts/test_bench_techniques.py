@@ -287,7 +287,6 @@ def test_another_python_reads_its_own_library(monkeypatch, capsys):
         ("--shape nowhere.toml", "nowhere.toml is no file"),
         ("--only cash batch-2", "--only has cash: take some of no-cache, cache"),
         ("--window 16", "--window is 16 but rows have 16 tokens"),
-        ("--batch-size 0", "--batch-size is 0: it must be at least 1"),
         ("--check-rows 0", "--check-rows is 0"),
         ("--text-length 3", "--text-length is 3: give at least 4, or 0"),
         ("--temperature -1", "--temperature is -1.0"),
@@ -303,6 +302,12 @@ def test_another_python_reads_its_own_library(monkeypatch, capsys):
 def test_what_cannot_be_measured_is_refused(words, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         bench.main(bench.parse_args(["techniques", *LITTLE, *words.split()]))
+
+
+def test_a_batch_of_no_rows_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.parse_args(["techniques", *LITTLE, "--batch-size", "0"])
+    assert capsys.readouterr().err.endswith("error: --batch-size is 0: it must be at least 1\n")
 
 
 def test_random_weights_refuse_what_was_trained(tmp_path):
