@@ -6,16 +6,9 @@
 
 namespace {
 
-struct Rounded {  // 64 numbers of x
-  __m512i codes;
-  __m512i less;   // what w's offset adds to each sum of four, negated
-  __m512 scale;   // of each sum of four
-};
-
 struct Base : Lanes {
   using Elem = float;
-  using X = Rounded;
-  static constexpr int WIDTH = 2 * BLOCK, ROWS = 4;
+  static constexpr int ROWS = 4;
   // BLOCK numbers, low and high, as codes; their scale. See `rounded` of linear.cc.
   static float round(__m512 low, __m512 high, __m256i* codes) {
     float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
@@ -42,10 +35,15 @@ struct Base : Lanes {
     __m512i zero = _mm512_setzero_si512();
     return _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, _mm512_set1_epi8(offset), codes));
   }
-  static V sums(const X& x, __m512i w) { return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(x.less, w, x.codes)); }
 };
 
 struct Eight : Base {
+  static constexpr int WIDTH = 2 * BLOCK;
+  struct X {
+    __m512i codes;
+    __m512i less;  // what w's offset adds to each sum of four, negated
+    __m512 scale;  // of each sum of four
+  };
   static X load_part(const float* p, int n) {
     float scale[2];
     __m512i codes = both(p, n, scale);
@@ -54,35 +52,42 @@ struct Eight : Base {
   }
   static X load(const float* p) { return load_part(p, WIDTH); }
   static __m512i codes(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(char(128))); }
-  static V step(V sum, const X& x, __m512i w) { return _mm512_fmadd_ps(sums(x, w), x.scale, sum); }
+  static V step(V sum, const X& x, __m512i w) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(x.less, w, x.codes)), x.scale, sum);
+  }
 };
 
-struct Scaled {
-  __m512i codes;
-  __m512 scale;
-};
-
-struct Four : Base {  // the order of w's bytes: the low bits of two units, then their high bits
-  using Ready = Scaled;
+struct Four : Base {  // four units at once: a sum of eight products is of one unit, four from each of its halves
+  static constexpr int WIDTH = 4 * BLOCK;
+  struct X {
+    __m512i low, high;  // the first and the second half of each unit
+    __m512i less;       // as for eight bits, of each sum of eight
+    __m512 scale;
+  };
+  struct Ready {
+    __m512i low, high;
+    __m512 scale;
+  };
+  static __m512 each_unit(const float* scale) {  // of four units, for the four sums of each
+    const __m512i unit = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(unit, _mm512_castps128_ps512(_mm_loadu_ps(scale)));
+  }
   static X load_part(const float* p, int n) {
-    float scale[2];
-    __m512i natural = both(p, n, scale);
-    __m512i codes = _mm512_shuffle_i32x4(natural, natural, _MM_SHUFFLE(3, 1, 2, 0));
-    __m512 each = _mm512_mask_blend_ps(0xf0f0, _mm512_set1_ps(scale[0]), _mm512_set1_ps(scale[1]));
-    return {codes, less(codes, 8), each};
+    float scale[4];
+    __m512i a = both(p, n, scale), b = both(p + 2 * BLOCK, n - 2 * BLOCK, scale + 2);
+    __m512i low = _mm512_shuffle_i32x4(a, b, _MM_SHUFFLE(2, 0, 2, 0));
+    __m512i high = _mm512_shuffle_i32x4(a, b, _MM_SHUFFLE(3, 1, 3, 1));
+    return {low, high, _mm512_add_epi32(less(low, 8), less(high, 8)), each_unit(scale)};
   }
   static X load(const float* p) { return load_part(p, WIDTH); }
-  static Scaled units(const uint8_t* p, const float* scale, int n) {
-    const __m512i pattern = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1);
-    __m256i bytes = n == 2 ? _mm256_loadu_si256((const __m256i*)p)
-                           : _mm256_inserti128_si256(_mm256_setzero_si256(), _mm_loadu_si128((const __m128i*)p), 0);
-    __m256i high = _mm256_srli_epi16(bytes, 4);
-    __m512i codes = _mm512_inserti64x4(_mm512_castsi256_si512(bytes), high, 1);
-    __m512 pair = _mm512_castps128_ps512(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)scale)));
-    return {_mm512_and_si512(codes, _mm512_set1_epi8(15)), _mm512_permutexvar_ps(pattern, pair)};
+  static Ready units(const uint8_t* p, const float* scale, int n) {
+    __m512i bytes = n == 4 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(__mmask16((1u << 4 * n) - 1), p);
+    const __m512i ones = _mm512_set1_epi8(15);
+    return {_mm512_and_si512(bytes, ones), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), ones), each_unit(scale)};
   }
-  static V step(V sum, const X& x, const Scaled& w) {
-    return _mm512_fmadd_ps(sums(x, w.codes), _mm512_mul_ps(x.scale, w.scale), sum);
+  static V step(V sum, const X& x, const Ready& w) {
+    __m512i total = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(x.less, w.low, x.low), w.high, x.high);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), _mm512_mul_ps(x.scale, w.scale), sum);
   }
 };
 

@@ -92,7 +92,10 @@ struct Int4 : T {
     if (each == 1) {
       T::halves(scale + first, row.scale, units);
     } else {
-      for (int64_t u = 0; u < units; u++) row.scale[u] = from_half(scale[(first + u) / each]);
+      for (int64_t u = 0, group = first / each; u < units; group++) {
+        float value = from_half(scale[group]);
+        for (int64_t end = least((group + 1) * each - first, units); u < end; u++) row.scale[u] = value;
+      }
     }
     return row;
   }
