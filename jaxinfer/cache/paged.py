@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxinfer import mesh, ops
+from jaxinfer import kernels, mesh, ops
 from jaxinfer.cache.base import LayerCache
 from jaxinfer.cache.pages import Pages
 from jaxinfer.cache.slots import Slots
@@ -111,9 +111,9 @@ class Read:
         return min(max(BLOCK // self.page, 1), self.table.shape[1])
 
     @property
-    def kept(self) -> None:
-        """See `Source`: it lies in pages."""
-        return None
+    def kept(self) -> kernels.Kept | None:
+        """See `Source`."""
+        return ops.kept_of(self.k, self.v, table=self.table)
 
     def blocks(self, past: jax.Array) -> jax.Array:
         """See `Source`: up to the longest row."""

@@ -55,14 +55,15 @@ def look(q: jax.Array, sources: list[Source], spec: LayerSpec, step: Step) -> ja
 
     def plainly(q: jax.Array, position: jax.Array, *sources: Source) -> jax.Array:
         kept = sources[0].kept if len(sources) == 1 else None
-        if kept is not None and kept.scales is None:
+        if kept is not None and kept.scales is None and kept.table is None:
             (B, T, N, _), (k, v) = q.shape, kept.numbers
             if T == 1 or B * N * T * k.shape[2] <= SCORES:
                 return ops.attend(q, k, v, position, spec, branches, kept.slot)
         return ops.attend_looks([Look(q, source) for source in sources], position, spec, branches)
 
-    if len(sources) == 1 and branches is None and ops.has_kernel(q, sources[0]):
-        return ops.attend_kernel(plainly, q, sources[0], step.position, spec)
+    kernel = ops.kernel_for(q, sources[0]) if len(sources) == 1 and branches is None else None
+    if kernel is not None:
+        return ops.attend_kernel(plainly, kernel, q, sources[0], step.position, spec)
     return plainly(q, step.position, *sources)
 
 

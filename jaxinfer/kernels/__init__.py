@@ -7,13 +7,15 @@ the two is taken:
         logits, cache = forward(params, config, ids, cache)
 """
 
-from jaxinfer.kernels.attention import Kept, Rule, attended
+from jaxinfer.kernels.attention import attended
 from jaxinfer.kernels.choice import KernelChoice, choice, use
+from jaxinfer.kernels.kept import PAST, Kept, Rule
 from jaxinfer.kernels.memory import cache_dtype, free_memory, host_memory, keeps_bits, packs_int4
 from jaxinfer.kernels.products import BLOCK, UNIT
 
 __all__ = [
     "BLOCK",
+    "PAST",
     "UNIT",
     "Kept",
     "KernelChoice",

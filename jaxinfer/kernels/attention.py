@@ -10,41 +10,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.kernels import gpu
+from jaxinfer.kernels.kept import Kept, Rule
 from jaxinfer.kernels.native import ATTENTION, BEST, ISAS, demand
 
 FEW = 16  # queries of a row: of more the products are better made as such, once for all
-
-
-class Kept(NamedTuple):
-    """Keys and values as a cache keeps them."""
-
-    k: jax.Array  # [B, K, S, H] float32, bfloat16 (or its bits, uint16), or int8 with scales
-    v: jax.Array
-    scales: tuple[jax.Array, jax.Array] | None = None  # [B, K, S] float32, of k and of v
-    slot: jax.Array | None = None  # [B, S] int32, which slot of the text each is, past all for none; None: its index
-
-    @property
-    def numbers(self) -> tuple[jax.Array, jax.Array]:
-        """k and v of no scales, bits as the numbers that they are of."""
-        if self.k.dtype != jnp.uint16:
-            return self.k, self.v
-        k, v = (jax.lax.bitcast_convert_type(x, jnp.bfloat16) for x in (self.k, self.v))
-        return k, v
-
-
-class Rule(NamedTuple):
-    """What a query makes of its scores, and which it has: as a LayerSpec says it."""
-
-    scale: float
-    softcap: float | None = None
-    window: int | None = None
-    sinks: int = 0
 
 
 def attend(
@@ -74,23 +50,30 @@ class Keeper(Protocol):
     def kept(self) -> Kept | None: ...
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def attended(plain: Callable[..., jax.Array], rule: Rule, q: jax.Array, position: jax.Array, keeper: Any) -> jax.Array:
-    """`attend` in programs for the CPU, `plain(q, position, keeper)` in those for others, and in all derivatives."""
+KERNELS = {"cpu": attend, "cuda": gpu.attend}  # by the platform of the programs that have them
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def attended(
+    plain: Callable[..., jax.Array], platform: str, rule: Rule, q: jax.Array, position: jax.Array, keeper: Any
+) -> jax.Array:
+    """The kernel in programs for its platform, `plain(q, position, keeper)` in all others, and in all derivatives."""
 
     def kernel(q: jax.Array, position: jax.Array, keeper: Keeper) -> jax.Array:
         assert keeper.kept is not None
-        return attend(q, position, keeper.kept, rule).astype(q.dtype)
+        return KERNELS[platform](q, position, keeper.kept, rule).astype(q.dtype)
 
-    return jax.lax.platform_dependent(q, position, keeper, cpu=kernel, default=plain)
+    return jax.lax.platform_dependent(q, position, keeper, default=plain, **{platform: kernel})
 
 
 @attended.defjvp
-def _tangent(plain: Callable[..., jax.Array], rule: Rule, primals: Any, tangents: Any) -> Any:
-    return attended(plain, rule, *primals), jax.jvp(plain, primals, tangents)[1]
+def _tangent(plain: Callable[..., jax.Array], platform: str, rule: Rule, primals: Any, tangents: Any) -> Any:
+    return attended(plain, platform, rule, *primals), jax.jvp(plain, primals, tangents)[1]
 
 
 def unknown(kept: Kept) -> str | None:
     """Why the CPU kernel cannot look at such arrays, or None if it can."""
+    if kept.table is not None:
+        return "it reads no pages"
     known = ("float32", "bfloat16", "uint16") if kept.scales is None else ("int8",)
     return None if kept.v.dtype == kept.k.dtype and kept.k.dtype in known else f"it reads no caches of {kept.k.dtype}"

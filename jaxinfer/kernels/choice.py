@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.kernels import attention, native, products
-from jaxinfer.kernels.attention import Kept
+from jaxinfer.kernels import attention, gpu, native, products
+from jaxinfer.kernels.kept import Kept
 
-KERNELS = ("auto", "cpu", "reference")
+KERNELS = {"linear": ("auto", "cpu", "reference"), "attention": ("auto", "cpu", "gpu", "reference")}
 Array = jax.Array
 
 
@@ -20,12 +21,13 @@ Array = jax.Array
 class KernelChoice:
     """Which kernel each operation takes; `reference` is the plain form of `ops`, which XLA compiles.
 
-    "auto" is the CPU kernel where the default backend is the CPU and the kernel can be built (otherwise one line says
-    why it cannot); "cpu" insists on it, and a program that would not have it is an error. In programs for other
-    platforms all three are the plain form.
+    "auto" is the kernel for the platform at hand: on the CPU, where it can be built (otherwise one line says why it
+    cannot), and for attention on NVIDIA GPUs. "cpu" and "gpu" insist on that one, and a program that would not have it
+    is an error. In programs for other platforms than the kernel's all are the plain form.
 
-    linear: products with weights. attention: of up to `attention.FEW` queries a row to a cache in float32, bfloat16 or
-    int8; of more the plain form makes products.
+    linear: products with weights. attention: "cpu", of up to `attention.FEW` queries a row to a cache in float32,
+    bfloat16 or int8 (of more the plain form makes products); "gpu", of any number to one of these or float16, in pages
+    too.
     """
 
     linear: str = "auto"
@@ -34,8 +36,9 @@ class KernelChoice:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             name = getattr(self, field.name)
-            if name not in KERNELS:
-                raise ValueError(f"{field.name}={name!r} names no kernel: the choices are {', '.join(KERNELS)}")
+            if name not in KERNELS[field.name]:
+                known = ", ".join(KERNELS[field.name])
+                raise ValueError(f"{field.name}={name!r} names no kernel: the choices are {known}")
 
     def product(self, x: Array, *w: Array) -> Callable[..., Array] | None:
         """The kernel that multiplies x [M, I] with w [O, I], called as (twin, dynamic, x, *w); None: the plain twin.
@@ -43,29 +46,40 @@ class KernelChoice:
         w may be codes and their scales, see `products.linear`. Only shapes and dtypes are looked at. RuntimeError
         where linear="cpu" cannot be kept.
         """
-        reason = unknown(x, *w)
-        return products.product if self.taken("linear", reason, "use float32 or bfloat16 for both", x, *w) else None
+        reason, remedy = unknown(x, *w), "use float32 or bfloat16 for both"
+        return products.product if self.taken("linear", "cpu", reason, remedy, x, *w) else None
 
-    def attends(self, q: Array, kept: Kept) -> bool:
-        """Whether `attention.attended` is to look with q [B, T, N, H] at what is kept, on each device of a mesh.
+    def attends(self, q: Array, kept: Kept) -> str | None:
+        """The platform whose kernel is to look with q [B, T, N, H] at what is kept, on each device of a mesh, or None.
 
-        Only shapes and dtypes are looked at. RuntimeError where attention="cpu" cannot be kept.
+        It is a name that `attention.attended` knows. Only shapes and dtypes are looked at. RuntimeError where
+        attention="cpu" or "gpu" cannot be kept.
         """
         remedy = "use a cache of float32, bfloat16 or int8"
-        return q.shape[1] <= attention.FEW and self.taken("attention", attention.unknown(kept), remedy, q, kept.k)
+        few = q.shape[1] <= attention.FEW
+        if few and self.taken("attention", "cpu", attention.unknown(kept), remedy, q, kept.k):
+            return "cpu"
+        return "cuda" if self.taken("attention", "gpu", gpu.unknown(q, kept), remedy, q, kept.k) else None
 
-    def taken(self, field: str, reason: str | None, remedy: str, *arrays: Array) -> bool:
-        """Whether the CPU kernel is; `reason` says why these arrays are not for it. RuntimeError where it must be."""
+    def taken(self, field: str, kernel: str, reason: str | None, remedy: str, *arrays: Array) -> bool:
+        """Whether that kernel is; `reason` says why these arrays are not for it. RuntimeError where it must be."""
         name = getattr(self, field)
-        if name == "reference" or (name == "auto" and jax.default_backend() != "cpu"):
+        if name != kernel and (name != "auto" or device().platform != kernel):
             return False
         if reason is None and (varying(*arrays) if field == "attention" else partitioned(*arrays)):
             reason, remedy = "a mesh is set, and XLA cannot split a kernel", "use it in shard_map(check_vma=False)"
-        if reason is None:
+        if reason is None and kernel == "cpu":
             reason, remedy = native.unavailable(), "install g++ or clang++"
-        if reason is not None and name == "cpu":
-            raise RuntimeError(f"{field}='cpu' is not to be had: {reason}: {remedy}, or choose {field}='auto'")
+        if reason is None and kernel == "gpu":
+            reason, remedy = gpu.unavailable(device()), "run it on an NVIDIA GPU of compute capability 8.0 or more"
+        if reason is not None and name == kernel:
+            raise RuntimeError(f"{field}={kernel!r} is not to be had: {reason}: {remedy}, or choose {field}='auto'")
         return reason is None
+
+
+def device() -> Any:
+    """What programs here are for: the first device there is, or one that is compiled for without being there."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def unknown(x: Array, w: Array, scale: Array | None = None) -> str | None:

@@ -10,7 +10,8 @@ from jaxinfer.ops.attention import (
     attend_blockwise,
     attend_kernel,
     attend_looks,
-    has_kernel,
+    kept_of,
+    kernel_for,
     spread,
     unfold,
 )
@@ -21,5 +22,5 @@ from jaxinfer.ops.rope import angles, rotate, turn_back
 
 __all__ = [
     "MASKED", "PAST", "Held", "Look", "Source", "angles", "attend", "attend_blockwise", "attend_kernel", "attend_looks",
-    "dot", "embed", "has_kernel", "linear", "mlp", "norm", "rotate", "spread", "turn_back", "unfold",
+    "dot", "embed", "kept_of", "kernel_for", "linear", "mlp", "norm", "rotate", "spread", "turn_back", "unfold",
 ]  # fmt: skip

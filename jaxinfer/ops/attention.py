@@ -19,7 +19,7 @@ from jaxinfer.quantization import Codes, Plain
 Branches = tuple[jax.Array, jax.Array, jax.Array]
 DECODED = 256  # tokens of a block of codes: what they say is held beside them
 MASKED = -1e30  # finite: a query that sees nothing (a pad) gives numbers, not NaN
-PAST = 1 << 30  # the position of a pad, and of a slot that holds nothing: past any size, so that no query sees it
+PAST = kernels.PAST
 
 
 def attend(
@@ -58,7 +58,7 @@ class Source(Protocol):
 
     @property
     def kept(self) -> kernels.Kept | None:
-        """The same, where it lies in arrays of a token a slot."""
+        """The same, where it lies in arrays of a token a slot, or in pages of such."""
         ...
 
     def blocks(self, past: jax.Array) -> jax.Array:
@@ -97,10 +97,7 @@ class Held:
     @property
     def kept(self) -> kernels.Kept | None:
         """See `Source`."""
-        if self.k.flat is None or self.v.flat is None:
-            return None
-        (k, k_scale), (v, v_scale) = self.k.flat, self.v.flat
-        return kernels.Kept(k, v, None if k_scale is None or v_scale is None else (k_scale, v_scale), self.slot)
+        return kept_of(self.k, self.v, slot=self.slot)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -130,6 +127,16 @@ class Held:
         slot = jnp.where(own >= index * block, slot, PAST)
         k, v = (unfold(jax.tree.map(part, x)) for x in (self.k, self.v))
         return k, v, spread(slot, self.k.tokens)
+
+
+def kept_of(
+    k: Codes, v: Codes, slot: jax.Array | None = None, table: jax.Array | None = None
+) -> kernels.Kept | None:
+    """Keys and values in some form as a kernel is given them; None where their form is for none."""
+    if k.flat is None or v.flat is None:
+        return None
+    (k, k_scale), (v, v_scale) = k.flat, v.flat
+    return kernels.Kept(k, v, None if k_scale is None or v_scale is None else (k_scale, v_scale), slot, table)
 
 
 def unfold(codes: Codes) -> jax.Array:
@@ -251,24 +258,24 @@ def see(
 # --- by a kernel ---------------------------------------------------------------------------------------------------
 
 
-def has_kernel(q: jax.Array, source: Source) -> bool:
-    """Whether `kernels.choice()` names one for queries [B, T, N, H] and a source; there is none for a split S."""
+def kernel_for(q: jax.Array, source: Source) -> str | None:
+    """The one that `kernels.choice()` takes for queries [B, T, N, H] and a source, if any; none for a split S."""
     kept = source.kept
     split = mesh.size_of("S") > 1 and "S" in "".join(jax.tree.leaves(source.letters()))
-    return kept is not None and not split and kernels.choice().attends(q, kept)
+    return None if kept is None or split else kernels.choice().attends(q, kept)
 
 
 def attend_kernel(
-    plain: Callable[..., jax.Array], q: jax.Array, source: Source, position: jax.Array, spec: LayerSpec
+    plain: Callable[..., jax.Array], kernel: str, q: jax.Array, source: Source, position: jax.Array, spec: LayerSpec
 ) -> jax.Array:
-    """`attend` over a source that `has_kernel`: each device looks with its heads of q [B, T, N, H] at its part.
+    """`attend` by the `kernel_for` a source: each device looks with its heads of q [B, T, N, H] at its part.
 
     plain(q, position, source): what a platform without the kernel does.
     """
     rule = kernels.Rule(spec.scale, spec.softcap, spec.window)
 
     def local(q: jax.Array, position: jax.Array, source: Source) -> jax.Array:
-        return kernels.attended(plain, rule, q, position, source)
+        return kernels.attended(plain, kernel, rule, q, position, source)
 
     return mesh.shard_map(local, ("BTNH", "BT", source.letters()), "BTNH")(q, position, source)
 

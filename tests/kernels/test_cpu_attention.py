@@ -230,7 +230,7 @@ def test_derivatives_and_batches_are_those_of_the_plain_form():
         return ops.attend(q, source.kept.k, source.kept.v, position, spec)
 
     def kernel(q, source):
-        return ops.attend_kernel(twin, q, source, position, spec)
+        return ops.attend_kernel(twin, "cpu", q, source, position, spec)
 
     for argument in (0, 1):
         got = jax.grad(lambda *a: (kernel(*a) ** 2).sum(), argument)(q, source)

@@ -1,0 +1,257 @@
+"""Attention on NVIDIA GPUs: flash decoding (Dao et al. 2023) over slots or pages, one Triton kernel through Pallas.
+
+A program holds the queries of one kv head, as many tokens as fill its tile, and reads its share of the slots that they
+see: from the first of their windows to the last that any of them sees, whatever is allocated. The shares of a row are
+brought together in a second, small step. Slots and pages differ in where a slot lies, and in nothing else; neither is
+gathered or copied. Scores, softmax and sums are float32. Codes meet the queries as the numbers that they are; their
+scales meet the scores and the weights.
+
+A row has the same bits alone and among any others: how many shares it is cut into rests on its own size alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.kernels.kept import PAST, Kept, Rule
+
+NOTHING = -1e30  # the score of what is not seen: finite, so that differences are numbers
+TILE = 64  # queries of a program, unless those of one token are more
+SHARE = 256  # slots that are worth a program of their own
+PROGRAMS = 256  # that a row is cut into at most: two for each processor of a large GPU
+BLOCK = 1 << 14  # bytes of keys that are read at once: two stages of keys and values fit the memory of a small GPU
+OLDEST = "8.0"  # compute capability for which Triton compiles products
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+class Plan(NamedTuple):
+    """How the work is cut, known before it runs."""
+
+    shape: tuple[int, int, int, int, int, int]  # B, T, N, K, S, H
+    pages: tuple[int, int, int, int] | None  # D, P, Z, M of a pool
+    rows: int  # queries of a tile, filled up to a power of two
+    width: int  # H, likewise
+    block: int  # slots that are read at once
+    shares: int  # into which the slots of a row are cut
+
+    @classmethod
+    def of(cls, q: jax.Array, kept: Kept) -> Plan:
+        """For queries [B, T, N, H] and what is kept."""
+        (B, T, N, H), K, S = q.shape, kept.k.shape[-3], kept.slots
+        pages = None if kept.table is None else (*kept.k.shape[:2], kept.k.shape[3], kept.table.shape[1])
+        group = N // K
+        rows = max(power(group), min(TILE, power(group * T)))
+        width = power(H)
+        block = min(max(BLOCK // (width * meeting(q, kept).itemsize), 16), 128)
+        tiles = -(-T // (rows // group))
+        shares = min(-(-S // SHARE), max(PROGRAMS // (K * tiles), 1))
+        return cls((B, T, N, K, S, H), pages, rows, width, block, shares)
+
+    @property
+    def tokens(self) -> int:
+        """Of a tile."""
+        _, _, N, K, _, _ = self.shape
+        return self.rows // (N // K)
+
+    @property
+    def columns(self) -> int:
+        """Of a vector, that one program merges: what its shares have there fits the registers."""
+        return min(self.width, 4096 // power(self.shares))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(shares of tiles, kv heads of rows)."""
+        B, T, _, K, _, _ = self.shape
+        return self.shares * -(-T // self.tokens), B * K
+
+
+def power(size: int) -> int:
+    """The next power of two, at least the 16 that a product takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def meeting(q: jax.Array, kept: Kept) -> jnp.dtype:
+    """The dtype in which queries meet keys."""
+    return jnp.promote_types(q.dtype, kept.numbers[0].dtype) if kept.scales is None else q.dtype
+
+
+def unknown(q: jax.Array, kept: Kept) -> str | None:
+    """Why the kernel cannot look at such arrays, or None if it can."""
+    k, v = kept.numbers
+    if k.dtype != v.dtype or (k.dtype not in DTYPES if kept.scales is None else k.dtype != jnp.int8):
+        return f"it reads no caches of {k.dtype}"
+    if q.dtype not in DTYPES:
+        return f"it takes no queries of {q.dtype}"
+    if 1 << 31 < k.size <= 1 << 32 and k.dtype == jnp.int8:  # where Pallas counts up to 2**32 with 32 bits and a sign
+        return "it cannot count to the end of codes of 2 to 4 GiB"
+    return None
+
+
+def unavailable(device: Any) -> str | None:
+    """Why programs for such a device cannot have the kernel, or None if they can."""
+    if device.platform != "gpu":
+        return f"programs here are for a {device.platform}"
+    capability = getattr(device, "compute_capability", OLDEST)  # which a device that is not there does not say
+    known = capability[0].isdigit() and float(capability) >= float(OLDEST)
+    return None if known else f"this GPU is of compute capability {capability}"
+
+
+def attend(q: jax.Array, position: jax.Array, kept: Kept, rule: Rule, interpret: bool = False) -> jax.Array:
+    """q [B, T, N, H] at `position` [B, T] int32, over what is kept: [B, T, N, H] in the dtype of q. The bare kernel.
+
+    A query that sees nothing (a pad, at a position past all slots) gives zeros. interpret: by XLA's own operations, on
+    any platform, for tests.
+    """
+    from jax.experimental import pallas
+    from jax.experimental.pallas import triton
+
+    plan = Plan.of(q, kept)
+    B, T, N, _, _, H = plan.shape
+    whole, lines = plan.shares == 1, B * T * N
+    # As vectors in a line, which costs nothing: a place is one number, and tiles need no padding.
+    k, v = (x.reshape(-1, H) for x in kept.numbers)
+    flat = Kept(k, v, *jax.tree.map(jnp.ravel, kept[2:]))
+    call = functools.partial(pallas.pallas_call, interpret=interpret, name="attention")
+    out, size = call(
+        functools.partial(look, plan, rule, meeting(q, kept)),
+        out_shape=(
+            jax.ShapeDtypeStruct((plan.shares, lines, H), q.dtype if whole else jnp.float32),
+            jax.ShapeDtypeStruct((plan.shares, lines), jnp.float32),
+        ),
+        grid=plan.grid,
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+    )(q.reshape(-1, H), position.reshape(-1), flat)
+    if not whole:
+        out = call(
+            functools.partial(merge, plan),
+            out_shape=jax.ShapeDtypeStruct((1, lines, H), q.dtype),
+            grid=(lines, plan.width // plan.columns),
+            compiler_params=triton.CompilerParams(num_warps=4),
+        )(out, size)
+    return out.reshape(q.shape)
+
+
+# --- a program -----------------------------------------------------------------------------------------------------
+
+
+def look(plan: Plan, rule: Rule, dtype: jnp.dtype, q: Any, position: Any, kept: Any, out: Any, size: Any) -> None:
+    """A tile of queries over a share of the slots that they see; all arrays as references."""
+    from jax.experimental import pallas
+
+    _, T, N, K, S, _ = plan.shape
+    tile, share = pallas.program_id(0) // plan.shares, pallas.program_id(0) % plan.shares
+    row, head = pallas.program_id(1) // K, pallas.program_id(1) % K
+    group, lane = N // K, jnp.arange(plan.rows)
+    token = tile * plan.tokens + lane // group
+    filled = (lane < plan.tokens * group) & (token < T)
+    mine = (row * T + token) * N + head * group + lane % group
+    queries = vectors(q, mine, filled, plan.width).astype(dtype)
+    until = load(position, (row * T + token,), filled, -1)  # the last slot that each sees; -1: none
+    until = jnp.where(until < PAST, until, -1)
+    since = until - (rule.window or PAST) + 1  # and the first
+    last, first = jnp.max(until), jnp.min(jnp.where(until >= 0, since, PAST))
+    weigh = jnp.bfloat16 if kept.scales is not None and dtype == jnp.float16 else dtype  # of a scale, whatever its size
+
+    def seen(index: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """With one more block."""
+        best, total, answer = state
+        index = index * plan.block + jnp.arange(plan.block)
+        slot = jnp.where(index < S, index, PAST)
+        if kept.slot is not None:
+            slot = load(kept.slot, (row * S + index,), index < S, PAST)
+        read = (slot <= last) & ((slot >= first) | (slot < rule.sinks))
+        shown = (slot <= until[:, None]) & ((slot >= since[:, None]) | (slot < rule.sinks))
+        place = placed(plan, kept.table, row, head, index, read)
+        k, v = (vectors(x, place, read, plan.width) for x in (kept.k, kept.v))
+        score = product(queries, k.astype(dtype), 1) * rule.scale
+        if kept.scales is not None:
+            score *= load(kept.scales[0], (place,), read)
+        if rule.softcap is not None:
+            score = rule.softcap * jnp.tanh(score / rule.softcap)
+        score = jnp.where(shown, score, NOTHING)
+        peak = jnp.maximum(best, score.max(1))
+        fade = jnp.exp(best - peak)
+        weight = jnp.where(shown, jnp.exp(score - peak[:, None]), 0)
+        total = total * fade + weight.sum(1)
+        if kept.scales is not None:
+            weight *= load(kept.scales[1], (place,), read)
+        return peak, total, answer * fade[:, None] + product(weight.astype(weigh), v.astype(weigh), 0)
+
+    blocks = pallas.cdiv(S, plan.block)
+    begin, end = jnp.int32(0), jnp.minimum(last + 1, 1) * blocks  # of slots in no order all, where any are seen
+    if kept.slot is None:
+        begin = begin if rule.sinks else jnp.maximum(first, 0) // plan.block
+        end = jnp.minimum(pallas.cdiv(last + 1, plan.block), blocks)
+    each = pallas.cdiv(jnp.maximum(end - begin, 0), plan.shares)
+    begin += share * each
+    empty = jnp.zeros(plan.rows, jnp.float32)
+    state = empty + NOTHING, empty, jnp.zeros((plan.rows, plan.width), jnp.float32)
+    best, total, answer = jax.lax.fori_loop(begin, jnp.minimum(begin + each, end), seen, state)
+    sound = jnp.where(total == 0, 1, total)
+    where, there = cells(mine, filled, plan.width, out.shape[2])
+    store(out, (share, *where), there, answer / sound[:, None])
+    store(size, (share, mine), filled, jnp.where(total == 0, NOTHING, best + jnp.log(sound)))
+
+
+def merge(plan: Plan, out: Any, size: Any, answer: Any) -> None:
+    """What the shares of one query came to, each with the logarithm of its sum of weights, in one: some columns."""
+    from jax.experimental import pallas
+
+    line, piece = pallas.program_id(0), pallas.program_id(1)
+    share = jnp.arange(power(plan.shares))
+    there = share < plan.shares
+    sizes = load(size, (share, line), there, NOTHING)
+    weight = jnp.where(there, jnp.exp(sizes - jnp.max(sizes)), 0)
+    column = piece * plan.columns + jnp.arange(plan.columns)
+    parts = load(out, (share[:, None], line, column[None]), there[:, None] & (column < out.shape[2]))
+    merged = (parts * weight[:, None]).sum(0) / weight.sum()
+    store(answer, (0, line, column), column < out.shape[2], merged)
+
+
+def placed(plan: Plan, table: Any, row: jax.Array, head: jax.Array, index: jax.Array, read: jax.Array) -> jax.Array:
+    """Where the slots `index` [s] of a row's kv head lie, of those that are to be read."""
+    B, _, _, K, S, _ = plan.shape
+    if plan.pages is None:
+        return (row * K + head) * S + index
+    D, P, Z, M = plan.pages
+    page = jnp.minimum(load(table, (row * M + index // Z,), read), P - 1)  # none is any: what the row lacks is lost
+    return (((row // (B // D)) * P + page) * K + head) * Z + index % Z
+
+
+def vectors(ref: Any, at: jax.Array, mask: jax.Array, width: int) -> jax.Array:
+    """Vectors of a line, [s, width]; zeros where there is no mask, and past their own width."""
+    where, there = cells(at, mask, width, ref.shape[1])
+    return load(ref, where, there)
+
+
+def cells(at: jax.Array, mask: jax.Array, width: int, H: int) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """The (line, column) of what vectors consist of, filled up to [s, width], and which of it there is."""
+    column = jnp.arange(width)
+    return (at[:, None], column[None]), mask[:, None] if width == H else mask[:, None] & (column < H)
+
+
+def load(ref: Any, where: tuple[Any, ...], mask: jax.Array, other: int | float = 0) -> jax.Array:
+    """What lies there; `other` where there is no mask."""
+    from jax.experimental.pallas import triton
+
+    where = jnp.broadcast_arrays(*where)
+    return triton.load(ref.at[tuple(where)], mask=jnp.broadcast_to(mask, where[0].shape), other=other)
+
+
+def store(ref: Any, where: tuple[Any, ...], mask: jax.Array, x: jax.Array) -> None:
+    """Puts x there."""
+    from jax.experimental.pallas import triton
+
+    where = jnp.broadcast_arrays(*where)
+    triton.store(ref.at[tuple(where)], x.astype(ref.dtype), mask=jnp.broadcast_to(mask, x.shape))
+
+
+def product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+    """x [r, i] times y along one of its axes, in float32: of float32 exactly (no TF32)."""
+    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dims = (((1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(x, y, dims, precision=exact, preferred_element_type=jnp.float32)
