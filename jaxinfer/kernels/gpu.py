@@ -23,7 +23,7 @@ NOTHING = -1e30  # the score of what is not seen: finite, so that differences ar
 TILE = 64  # queries of a program, unless those of one token are more
 SHARE = 256  # slots that are worth a program of their own
 PROGRAMS = 256  # that a row is cut into at most: two for each processor of a large GPU
-BLOCK = 1 << 14  # bytes of keys that are read at once: two stages of keys and values fit the memory of a small GPU
+BLOCK = 1 << 14  # bytes of keys that are read at once: with values, two or three stages fit a small GPU's 99 KB
 OLDEST = "8.0"  # compute capability for which Triton compiles products
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -123,7 +123,7 @@ def attend(q: jax.Array, position: jax.Array, kept: Kept, rule: Rule, interpret:
             jax.ShapeDtypeStruct((plan.shares, lines), jnp.float32),
         ),
         grid=plan.grid,
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2 if plan.rows > 16 else 3),
     )(q.reshape(-1, H), position.reshape(-1), flat)
     if not whole:
         out = call(
