@@ -4,6 +4,7 @@
     python scripts/bench.py matmul --rows 1 8 512 --form bfloat16 int8 int4:group=32
     python scripts/bench.py latency --model builtin --input-len 32 --output-len 128 --batch-size 1 8 32
     python scripts/bench.py startup --model builtin
+    python scripts/bench.py gpu --shape configs/models/llama-3-8b.toml --out gpu.json
     python scripts/bench.py peers --shape configs/models/llama-1.1b-bench.toml --peer llama.cpp=ENV/bin/python
     python scripts/bench.py techniques --widen --dtype bfloat16 --out techniques.json
 
@@ -20,10 +21,10 @@ from typing import Any
 
 import measured
 from flags import one_line
-from suites import attention, latency, matmul, peers, startup, techniques
+from suites import attention, gpu, latency, matmul, peers, startup, techniques
 
 SUITES = {
-    "attention": attention, "latency": latency, "matmul": matmul, "peers": peers, "startup": startup,
+    "attention": attention, "gpu": gpu, "latency": latency, "matmul": matmul, "peers": peers, "startup": startup,
     "techniques": techniques,
 }  # fmt: skip
 COUNTS = (

@@ -129,9 +129,7 @@ class Held:
         return k, v, spread(slot, self.k.tokens)
 
 
-def kept_of(
-    k: Codes, v: Codes, slot: jax.Array | None = None, table: jax.Array | None = None
-) -> kernels.Kept | None:
+def kept_of(k: Codes, v: Codes, slot: jax.Array | None = None, table: jax.Array | None = None) -> kernels.Kept | None:
     """Keys and values in some form as a kernel is given them; None where their form is for none."""
     if k.flat is None or v.flat is None:
         return None

@@ -99,8 +99,8 @@ def num_layers(args: argparse.Namespace, valid: int, dtype: str) -> int:
     return -(-DISTINCT // bytes_read(args, valid, dtype))
 
 
-def empty(args: argparse.Namespace, valid: int, room: int, dtype: str) -> Any:
-    """The shapes of a cache; nothing is allocated."""
+def empty(args: argparse.Namespace, valid: int, room: int, dtype: str, paged: bool = False) -> Any:
+    """The shapes of a cache, of slots or in pages; nothing is allocated."""
     import jax
 
     from jaxinfer.cache import init_cache
@@ -110,6 +110,8 @@ def empty(args: argparse.Namespace, valid: int, room: int, dtype: str) -> Any:
     layers = (spec,) * num_layers(args, valid, dtype)
     config = ModelConfig(vocab_size=1, width=1, layers=layers, norm=spec.norm, dtype="float32")
     kind, plain = ("int8", None) if dtype == "int8" else ("dense", dtype)
+    if paged:
+        kind = "paged+int8" if dtype == "int8" else "paged"
     return jax.eval_shape(lambda: init_cache(config, args.rows, room, kind, dtype=plain))
 
 
@@ -135,6 +137,14 @@ def check_memory(args: argparse.Namespace, shapes: list[tuple[int, int]], dtype:
             f"the {dtype} caches of {len(shapes)} shapes, measured in turns, need {size(need)} at once but "
             f"{size(free)} are free: give fewer --valid or --allocated, or fewer --rows"
         )
+
+
+def scattered(pages: Any) -> Any:
+    """Pages of a pool as rows have them that came and went: each row has all it can, anywhere."""
+    import jax
+
+    table = jax.random.permutation(jax.random.key(3), pages.num)[: pages.table.size].reshape(pages.table.shape)
+    return pages.replace(table=table.astype(pages.table.dtype), lacking=jax.numpy.zeros(len(table), bool)).counted()
 
 
 def filled(x: Any) -> Any:
@@ -173,7 +183,7 @@ def measure(args: argparse.Namespace, shapes: list[tuple[int, int]], dtype: str)
     return reads.beside(lines, took)
 
 
-def attention(args: argparse.Namespace, valid: int, room: int, dtype: str) -> Callable[[str], Any]:
+def attention(args: argparse.Namespace, valid: int, room: int, dtype: str, paged: bool = False) -> Callable[[str], Any]:
     """A program that looks at a filled cache, layer by layer, with the kernel that it is given."""
     import jax
     import jax.numpy as jnp
@@ -181,7 +191,8 @@ def attention(args: argparse.Namespace, valid: int, room: int, dtype: str) -> Ca
     from jaxinfer import kernels
     from jaxinfer.cache.slots import look
 
-    shape, spec = empty(args, valid, room, dtype), layer(args)
+    shape, spec = empty(args, valid, room, dtype, paged), layer(args)
+    pages = shape.pages and scattered(shape.pages)
     drawn = jax.tree.map(filled, shape.layers[0])
     layers = tuple(jax.tree.map(jnp.copy, drawn) for _ in shape.layers)  # sooner than to draw each
     length = jnp.full(args.rows, valid - 1, jnp.int32)
@@ -189,12 +200,12 @@ def attention(args: argparse.Namespace, valid: int, room: int, dtype: str) -> Ca
     q = jax.random.normal(jax.random.key(0), (args.rows, 1, args.heads, args.head_dim), queries)
 
     @functools.partial(jax.jit, static_argnames="kernel")
-    def program(q: Any, layers: Any, length: Any, kernel: str) -> Any:
-        held = shape.replace(layers=layers, length=length)
+    def program(q: Any, layers: Any, length: Any, pages: Any, kernel: str) -> Any:
+        held = shape.replace(layers=layers, length=length, pages=pages)
         step = held.step(jnp.ones(args.rows, jnp.int32), 1)
         with kernels.use(kernels.KernelChoice(attention=kernel)):
             for each in layers:
-                q = look(q, [each.source(step.end, step.pages)], spec, step)
+                q = look(q, [each.source(step.end, pages)], spec, step)
         return q
 
-    return functools.partial(program, q, layers, length)
+    return functools.partial(program, q, layers, length, pages)

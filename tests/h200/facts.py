@@ -34,6 +34,7 @@ from jaxinfer.speculation.plan import Plan
 ROWS = 8  # on a mesh
 SIZE = 4096  # positions of the cache
 BUFFER = 128  # new tokens that the loop can give
+OURS = 'custom_call_target="__gpu$xla.gpu.triton"'  # what kernels/gpu.py compiles to: two a layer, or one
 SHAPES = {  # D, F, N, K, H, L, V
     "llama-3-8b": (4096, 14336, 32, 8, 128, 32, 128256),
     "llama-3-70b": (8192, 28672, 64, 8, 128, 80, 128256),
@@ -133,6 +134,7 @@ def speculating(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]
         "memory": program.temporaries(compiled),
         "cache_bytes": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in target),
         "draft_cache_bytes": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in held),
+        "attention_kernels": compiled.as_text().count(OURS),
         "loops_at_the_top": [loop.trip_count for loop in program.while_loops(compiled)],
         "copies_in_the_loop": [str(copy) for copy in program.copies(compiled, shapes) if copy.loop],
         "writes_in_the_loop": [str(write) for write in program.writes(compiled, shapes) if write.loop],
@@ -172,6 +174,7 @@ def keeping(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
         "writes_of_the_cache": [str(write) for write in program.writes(compiled, large | whole) if write.loop],
         "largest_write": max((write.bytes for write in program.writes(compiled) if write.loop), default=0),
         "kernels_per_step": sum(launched(compiled).values()),
+        "attention_kernels": compiled.as_text().count(OURS),
         "bytes_moved_per_step": program.bytes_moved(compiled, loop, cheapest=True),
         "host_callbacks": compiled.as_text().count("callback"),
     }
@@ -233,6 +236,7 @@ def described(config: ModelConfig, args: argparse.Namespace, devices: Any) -> di
         "collectives_per_step": [row for row in program.collectives(compiled, cheapest=True) if row["loop"]],
         "collectives_before_and_after": [row for row in program.collectives(compiled, True) if not row["loop"]],
         "kernels_per_step": sum(launched(compiled).values()),
+        "attention_kernels": compiled.as_text().count(OURS),
     }
 
 
@@ -269,6 +273,7 @@ def describe(kind: str, config: ModelConfig, rows: int, keep_cache: bool, form: 
         "writes_of_weights_or_cache": [str(write) for write in program.writes(compiled, matrices)],
         "loops": [{"trip_count": loop.trip_count, "state_bytes": loop.bytes} for loop in program.while_loops(compiled)],
         "kernels_per_step": sum(launched(compiled).values()),
+        "attention_kernels": compiled.as_text().count(OURS),
         "kernels_by_opcode": launched(compiled),
         "kernels_per_layer": (sum(launched(compiled).values()) - sum(launched(fewer).values())) / len(half.layers),
         "bytes_moved_per_step": moved,

@@ -17,6 +17,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+DEVICE = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")  # for what asks which device it is lowered for
 TARGET = pathlib.Path(__file__).with_name("target_config.txtpb").read_text()
 
 
@@ -44,7 +45,9 @@ def compile_for_h200(function, *args, mesh: Mesh | None = None, **options) -> ja
     def place(value):
         return abstract(value, mesh) if is_arrays(value) else value
 
-    return jitted.lower(*map(place, args), **{name: place(value) for name, value in options.items()}).compile()
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=DEVICE)):
+        lowered = jitted.lower(*map(place, args), **{name: place(value) for name, value in options.items()})
+    return lowered.compile()
 
 
 def is_arrays(value) -> bool:

@@ -298,7 +298,9 @@ def test_where_it_cannot_be_that_is_an_error_only_when_asked_for_by_name(for_an_
     codes = Kept(*[jax.ShapeDtypeStruct((300, 8, 8192, 128), jnp.int8)] * 2, (None, None))
     assert gpu.unknown(q, codes) == "it cannot count to the end of codes of 2 to 4 GiB"
     assert not uses_the_kernel("float8")
-    with pytest.raises(RuntimeError, match="attention='gpu' is not to be had: it reads no caches of uint8: use a cache"):
+    with pytest.raises(
+        RuntimeError, match="attention='gpu' is not to be had: it reads no caches of uint8: use a cache"
+    ):
         uses_the_kernel("float8", attention="gpu")
 
 
