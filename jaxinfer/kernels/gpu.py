@@ -42,14 +42,15 @@ class Plan(NamedTuple):
     def of(cls, q: jax.Array, kept: Kept) -> Plan:
         """For queries [B, T, N, H] and what is kept."""
         (B, T, N, H), K, S = q.shape, kept.k.shape[-3], kept.slots
-        pages = None if kept.table is None else (*kept.k.shape[:2], kept.k.shape[3], kept.table.shape[1])
-        group = N // K
+        pages, group = None, N // K
+        if kept.table is not None:
+            D, P, _, Z, _ = kept.k.shape
+            pages = D, P, Z, kept.table.shape[1]
         rows = max(power(group), min(TILE, power(group * T)))
         width = power(H)
         block = min(max(BLOCK // (width * meeting(q, kept).itemsize), 16), 128)
-        tiles = -(-T // (rows // group))
-        shares = min(-(-S // SHARE), max(PROGRAMS // (K * tiles), 1))
-        return cls((B, T, N, K, S, H), pages, rows, width, block, shares)
+        plan = cls((B, T, N, K, S, H), pages, rows, width, block, shares=1)
+        return plan._replace(shares=min(-(-S // SHARE), max(PROGRAMS // (K * plan.tiles), 1)))
 
     @property
     def tokens(self) -> int:
@@ -63,10 +64,15 @@ class Plan(NamedTuple):
         return min(self.width, 4096 // power(self.shares))
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """(shares of tiles, kv heads of rows)."""
-        B, T, _, K, _, _ = self.shape
-        return self.shares * -(-T // self.tokens), B * K
+    def tiles(self) -> int:
+        """Of a row and kv head."""
+        return -(-self.shape[1] // self.tokens)
+
+    @property
+    def programs(self) -> int:
+        """Shares of tiles of kv heads of rows."""
+        B, _, _, K, _, _ = self.shape
+        return B * K * self.tiles * self.shares
 
 
 def power(size: int) -> int:
@@ -76,17 +82,18 @@ def power(size: int) -> int:
 
 def meeting(q: jax.Array, kept: Kept) -> jnp.dtype:
     """The dtype in which queries meet keys."""
-    return jnp.promote_types(q.dtype, kept.numbers[0].dtype) if kept.scales is None else q.dtype
+    return jnp.promote_types(q.dtype, kept.dtype) if kept.scales is None else q.dtype
 
 
 def unknown(q: jax.Array, kept: Kept) -> str | None:
     """Why the kernel cannot look at such arrays, or None if it can."""
-    k, v = kept.numbers
-    if k.dtype != v.dtype or (k.dtype not in DTYPES if kept.scales is None else k.dtype != jnp.int8):
-        return f"it reads no caches of {k.dtype}"
+    known = DTYPES if kept.scales is None else (jnp.int8,)
+    if kept.k.dtype != kept.v.dtype or kept.dtype not in known:
+        return f"it reads no caches of {kept.dtype}"
     if q.dtype not in DTYPES:
         return f"it takes no queries of {q.dtype}"
-    if 1 << 31 < k.size <= 1 << 32 and k.dtype == jnp.int8:  # where Pallas counts up to 2**32 with 32 bits and a sign
+    # Pallas counts bytes of up to 2**32 with 32 bits, of which Triton takes one as the sign: so more codes than 2**31.
+    if kept.scales is not None and 1 << 31 < kept.k.size <= 1 << 32:
         return "it cannot count to the end of codes of 2 to 4 GiB"
     return None
 
@@ -100,6 +107,7 @@ def unavailable(device: Any) -> str | None:
     return None if known else f"this GPU is of compute capability {capability}"
 
 
+@functools.partial(jax.jit, static_argnames=("rule", "interpret"))  # traced once for all layers
 def attend(q: jax.Array, position: jax.Array, kept: Kept, rule: Rule, interpret: bool = False) -> jax.Array:
     """q [B, T, N, H] at `position` [B, T] int32, over what is kept: [B, T, N, H] in the dtype of q. The bare kernel.
 
@@ -122,7 +130,7 @@ def attend(q: jax.Array, position: jax.Array, kept: Kept, rule: Rule, interpret:
             jax.ShapeDtypeStruct((plan.shares, lines, H), q.dtype if whole else jnp.float32),
             jax.ShapeDtypeStruct((plan.shares, lines), jnp.float32),
         ),
-        grid=plan.grid,
+        grid=(plan.programs,),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2 if plan.rows > 16 else 3),
     )(q.reshape(-1, H), position.reshape(-1), flat)
     if not whole:
@@ -143,12 +151,14 @@ def look(plan: Plan, rule: Rule, dtype: jnp.dtype, q: Any, position: Any, kept: 
     from jax.experimental import pallas
 
     _, T, N, K, S, _ = plan.shape
-    tile, share = pallas.program_id(0) // plan.shares, pallas.program_id(0) % plan.shares
-    row, head = pallas.program_id(1) // K, pallas.program_id(1) % K
+    rest, share = split(pallas.program_id(0), plan.shares)
+    rest, tile = split(rest, plan.tiles)
+    row, head = split(rest, K)
     group, lane = N // K, jnp.arange(plan.rows)
-    token = tile * plan.tokens + lane // group
+    token, member = split(lane, group)
+    token += tile * plan.tokens
     filled = (lane < plan.tokens * group) & (token < T)
-    mine = (row * T + token) * N + head * group + lane % group
+    mine = (row * T + token) * N + head * group + member
     queries = vectors(q, mine, filled, plan.width).astype(dtype)
     until = load(position, (row * T + token,), filled, -1)  # the last slot that each sees; -1: none
     until = jnp.where(until < PAST, until, -1)
@@ -218,8 +228,14 @@ def placed(plan: Plan, table: Any, row: jax.Array, head: jax.Array, index: jax.A
     if plan.pages is None:
         return (row * K + head) * S + index
     D, P, Z, M = plan.pages
-    page = jnp.minimum(load(table, (row * M + index // Z,), read), P - 1)  # none is any: what the row lacks is lost
-    return (((row // (B // D)) * P + page) * K + head) * Z + index % Z
+    entry, offset = split(index, Z)
+    page = jnp.minimum(load(table, (row * M + entry,), read), P - 1)  # none is any: what the row lacks is lost
+    return ((split(row, B // D)[0] * P + page) * K + head) * Z + offset
+
+
+def split(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """x // size and x % size of what is not negative, in one instruction each."""
+    return jax.lax.div(x, jnp.int32(size)), jax.lax.rem(x, jnp.int32(size))
 
 
 def vectors(ref: Any, at: jax.Array, mask: jax.Array, width: int) -> jax.Array:
@@ -238,16 +254,16 @@ def load(ref: Any, where: tuple[Any, ...], mask: jax.Array, other: int | float =
     """What lies there; `other` where there is no mask."""
     from jax.experimental.pallas import triton
 
-    where = jnp.broadcast_arrays(*where)
-    return triton.load(ref.at[tuple(where)], mask=jnp.broadcast_to(mask, where[0].shape), other=other)
+    at = tuple(jnp.broadcast_arrays(*where))
+    return triton.load(ref.at[at], mask=jnp.broadcast_to(mask, at[0].shape), other=other)
 
 
 def store(ref: Any, where: tuple[Any, ...], mask: jax.Array, x: jax.Array) -> None:
     """Puts x there."""
     from jax.experimental.pallas import triton
 
-    where = jnp.broadcast_arrays(*where)
-    triton.store(ref.at[tuple(where)], x.astype(ref.dtype), mask=jnp.broadcast_to(mask, x.shape))
+    at = tuple(jnp.broadcast_arrays(*where))
+    triton.store(ref.at[at], x.astype(ref.dtype), mask=jnp.broadcast_to(mask, x.shape))
 
 
 def product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:

@@ -22,6 +22,11 @@ class Kept(NamedTuple):
     table: jax.Array | None = None
 
     @property
+    def dtype(self) -> jnp.dtype:
+        """Of the numbers, or of the codes."""
+        return jnp.dtype(jnp.bfloat16) if self.k.dtype == jnp.uint16 else self.k.dtype
+
+    @property
     def numbers(self) -> tuple[jax.Array, jax.Array]:
         """k and v of no scales, bits as the numbers that they are of."""
         if self.k.dtype != jnp.uint16:

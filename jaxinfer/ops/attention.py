@@ -133,8 +133,9 @@ def kept_of(k: Codes, v: Codes, slot: jax.Array | None = None, table: jax.Array 
     """Keys and values in some form as a kernel is given them; None where their form is for none."""
     if k.flat is None or v.flat is None:
         return None
-    (k, k_scale), (v, v_scale) = k.flat, v.flat
-    return kernels.Kept(k, v, None if k_scale is None or v_scale is None else (k_scale, v_scale), slot, table)
+    (keys, k_scale), (values, v_scale) = k.flat, v.flat
+    scales = None if k_scale is None or v_scale is None else (k_scale, v_scale)
+    return kernels.Kept(keys, values, scales, slot, table)
 
 
 def unfold(codes: Codes) -> jax.Array:

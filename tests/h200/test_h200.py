@@ -134,10 +134,28 @@ def test_the_committed_programs_of_caches_keep_the_laws(name):
     assert broken_laws_of_a_cache(facts) == []
 
 
+@pytest.mark.parametrize(
+    "name", ["cache_int8.json", "cache_paged.json", "cache_paged_int8.json", "cache_ring.json", "cache_int4.json"]
+)
+def test_the_committed_programs_look_at_caches_by_the_kernel(name):
+    facts = json.loads((COMMITTED.parent / name).read_text())
+    assert facts["attention_kernels"] == (0 if facts["cache"] == "int4" else 2 * 32), "and one that merges, a layer"
+
+
 @pytest.mark.h200
 @pytest.mark.parametrize("kind", KEEPING.values())
 def test_programs_of_caches_for_an_h200_keep_the_laws(facts, kind):
     assert broken_laws_of_a_cache(facts("--model", "tiny", "--cache", kind)) == []
+
+
+@pytest.mark.h200
+@pytest.mark.parametrize("kind", ["dense", "int8", "paged", "paged+int8", "ring:window=1024"])
+def test_programs_for_an_h200_look_at_caches_by_the_kernel(facts, kind):
+    """No more bytes than weights, what is held, and a twentieth."""
+    told = facts("--model", "tiny", "--cache", kind)
+    assert told["attention_kernels"] == 2 * 4, "and one that merges, a layer"
+    assert broken_laws_of_a_cache(told) == []
+    assert told["bytes_moved_per_step"] < 1.05 * (told["memory"]["argument"])
 
 
 SPECULATING = {
