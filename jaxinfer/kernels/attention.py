@@ -20,6 +20,7 @@ from jaxinfer.kernels import gpu
 from jaxinfer.kernels.kept import Kept, Rule
 from jaxinfer.kernels.native import ATTENTION, BEST, ISAS, demand
 
+FOUR = 4  # slots whose scores are made at once
 FEW = 16  # queries of a row: of more the products are better made as such, once for all
 
 
@@ -32,13 +33,13 @@ def attend(
     nothing (a position past all slots) gives zeros. isa, threads, RuntimeError: as `products.linear`.
     """
     demand()
-    more = [*(kept.scales or ()), *(() if kept.slot is None else (kept.slot,))]
+    more = [*(kept.scales or ()), *(x for x in (kept.slot, kept.table) if x is not None)]
     call = jax.ffi.ffi_call(ATTENTION, jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential")
     half = q.dtype == jnp.bfloat16 and kept.k.dtype in (jnp.bfloat16, jnp.uint16)
     return call(
         q.astype(jnp.float32), kept.k, kept.v, position, *more,
         scale=np.float32(rule.scale), cap=np.float32(rule.softcap or 0), window=np.int64(rule.window or 0),
-        sinks=np.int64(rule.sinks), slots=kept.slot is not None, half=half,
+        sinks=np.int64(rule.sinks), slots=kept.slot is not None, paged=kept.table is not None, half=half,
         isa=np.int32(BEST if isa is None else ISAS[isa]), threads=np.int32(threads or 0),
     )  # fmt: skip
 
@@ -73,7 +74,7 @@ def _tangent(plain: Callable[..., jax.Array], platform: str, rule: Rule, primals
 
 def unknown(kept: Kept) -> str | None:
     """Why the CPU kernel cannot look at such arrays, or None if it can."""
-    if kept.table is not None:
-        return "it reads no pages"
+    if kept.table is not None and kept.k.shape[3] % FOUR:
+        return f"it reads no pages of {kept.k.shape[3]} slots, but of a multiple of {FOUR}"
     known = ("float32", "bfloat16", "uint16") if kept.scales is None else ("int8",)
     return None if kept.v.dtype == kept.k.dtype and kept.k.dtype in known else f"it reads no caches of {kept.k.dtype}"

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attending import arrays, in_pages, rule_of, spec_of
 
 import jaxinfer
 from jaxinfer import kernels, mesh, models, ops, program
 from jaxinfer.kernels import Kept, KernelChoice, Rule, native
 from jaxinfer.kernels.attention import FEW, attend
-from jaxinfer.ops import PAST, Held
-from jaxinfer.quantization import Plain, Scaled
-from jaxinfer.testing import tiny_config, tiny_model
+from jaxinfer.ops import PAST
+from jaxinfer.quantization import Plain
+from jaxinfer.testing import tiny_model
 
 pytestmark = pytest.mark.usefixtures("kernels_are_built")
 SHAPES = [  # B, T, N, K, S, H
@@ -32,28 +33,6 @@ def isa(request):
 
 
 EVERY_ISA = pytest.mark.parametrize("isa", native.ISAS, indirect=True)
-
-
-def spec_of(shape, **rule):
-    _, _, N, K, _, H = shape
-    return tiny_config(num_heads=N, num_kv_heads=K, head_width=H, scale=H**-0.5, **rule).layers[0]
-
-
-def rule_of(spec, sinks=0):
-    return Rule(spec.scale, spec.softcap, spec.window, sinks)
-
-
-def arrays(shape, form="float32", seed=0):
-    """(q, position, source): rows of different lengths."""
-    B, T, N, K, S, H = shape
-    draw = np.random.default_rng(seed)
-    q, k, v = (jnp.asarray(draw.standard_normal(s), jnp.float32) for s in ((B, T, N, H), (B, K, S, H), (B, K, S, H)))
-    start = draw.integers(0, max(1, S - T + 1), B)
-    position = jnp.asarray(start[:, None] + np.arange(T), jnp.int32)
-    if form == "int8":
-        codes = Scaled.empty((B, K, S), H, jnp.float32)
-        return q, position, Held(codes.encode(k), codes.encode(v))
-    return q, position, Held(Plain(k.astype(form)), Plain(v.astype(form)))
 
 
 def plain(q, position, source, spec, sinks=0):
@@ -100,6 +79,22 @@ def test_slots_in_any_order_and_sinks_are_looked_at(isa):
         spec = spec_of(shape, window=window)
         got = attend(q, position + 3, source.kept, rule_of(spec, sinks), isa)
         np.testing.assert_allclose(got, plain(q, position + 3, source, spec, sinks), atol=2e-6)
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "all bfloat16"])
+def test_pages_anywhere_in_a_pool_give_the_bits_of_slots_in_a_row(isa, form):
+    shape = (4, 3, 6, 2, 1090, 20)
+    q, position, source = arrays(shape, form.removeprefix("all "))
+    q = q.astype("bfloat16" if form.startswith("all") else "float32")
+    rule = rule_of(spec_of(shape, window=1050))
+    expected = attend(q, position, source.kept, rule, isa)
+    for page, groups in ((4, 1), (12, 2), (16, 4), (64, 1), (2048, 2)):
+        pool = in_pages(source, page, groups).kept
+        lacking = pool._replace(
+            table=jnp.where(jnp.arange(pool.table.shape[1]) * page > position.max(), 1 << 30, pool.table)
+        )
+        np.testing.assert_array_equal(attend(q, position, lacking, rule, isa), expected)
 
 
 @EVERY_ISA

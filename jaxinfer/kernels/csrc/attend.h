@@ -49,16 +49,17 @@ struct Floats {
     for (int64_t i = 0; i < width(H); i++) to[i] = i < H ? from[i] : 0;
   }
 
-  // Of R queries and n slots. fetch: meanwhile it asks memory for their values and for the keys behind them.
+  // Of R queries and n slots. Meanwhile it asks memory for their values and for as many keys that come next, unless that
+  // is null.
   template <int R>
-  static void scores(const float* q, const Elem* k, const Elem* v, int64_t n, int64_t H, float* to, bool fetch) {
+  static void scores(const float* q, const Elem* k, const Elem* v, const Elem* next, int64_t n, int64_t H, float* to) {
     int64_t full = H / WIDTH * WIDTH;
     for (int64_t s = 0; s < n; s += 4) {
       const Elem* row[4];
       EACH(c, 4) row[c] = k + least(s + c, n - 1) * H;
-      for (int64_t i = s * H; fetch && i < (s + 4) * H; i += LINE) {
+      for (int64_t i = s * H; next && i < (s + 4) * H; i += LINE) {
         __builtin_prefetch(v + i, 0, SECOND_CACHE);
-        __builtin_prefetch(k + n * H + i, 0, SECOND_CACHE);
+        __builtin_prefetch(next + i, 0, SECOND_CACHE);
       }
       V sum[R][4], part[4];
       EACH(r, R) EACH(c, 4) sum[r][c] = T::zero();
@@ -141,21 +142,44 @@ struct Attend {
     return x < 0.0f ? -y : y;
   }
 
+  // Scores and weights are of whole blocks; those of a last piece may be looked at, and are of none, up to a block more.
   static size_t scratch(const Attention& a) {
-    return size_t(a.queries() * (2 * P::width(a.H) + SLOTS + 2)) * sizeof(float);
+    return size_t(a.queries() * (2 * P::width(a.H) + SLOTS + 2) + SLOTS) * sizeof(float);
   }
 
-  // What the scores [SLOTS] of one query and n slots from `first` on are: scaled, capped, and NOTHING where unseen.
-  static void finish(const Attention& a, int64_t b, int64_t at, int32_t position, int64_t first, int64_t n, float* s) {
+  // What lies side by side of a block of slots.
+  struct Piece {
+    int64_t start, n, place;
+  };
+
+  struct Block {
+    int64_t n = 0;
+    int count = 0;
+    Piece piece[SLOTS / FOUR];
+    float k_scale[SLOTS] = {}, v_scale[SLOTS] = {};
+
+    Block(const Attention& a, int64_t b, int64_t h, int64_t first, int64_t end) {
+      for (int64_t most = least(SLOTS, end - first); n < most; count++) {
+        piece[count] = {n, least(most - n, a.together(first + n)), a.place(b, h, first + n)};
+        if (a.k_scale) copy(a, piece[count]);
+        n += piece[count].n;
+      }
+    }
+
+    void copy(const Attention& a, const Piece& one) {
+      for (int64_t i = 0; i < one.n; i++) {
+        k_scale[one.start + i] = a.k_scale[one.place + i];
+        v_scale[one.start + i] = a.v_scale[one.place + i];
+      }
+    }
+  };
+
+  // What the scores [SLOTS] of one query and a block from `first` on are: scaled, capped, and NOTHING where unseen.
+  static void finish(const Attention& a, int64_t b, int32_t position, int64_t first, const Block& block, float* s) {
+    int64_t n = block.n;
     for (int64_t i = 0; i < SLOTS; i += WIDTH) {
       V x = get(s + i) * a.scale;
-      if (a.k_scale && i + WIDTH <= n) {
-        x = x * get(a.k_scale + at + first + i);
-      } else if (a.k_scale) {
-        float part[WIDTH] = {};
-        for (int64_t j = i; j < n; j++) part[j - i] = a.k_scale[at + first + j];
-        x = x * get(part);
-      }
+      if (a.k_scale) x = x * get(block.k_scale + i);
       if (a.cap != 0) x = tanh(x / a.cap) * a.cap;
       put(s + i, x);
     }
@@ -169,26 +193,39 @@ struct Attend {
   }
 
   static void span(const Attention& a, int64_t b, int64_t h, int64_t begin, int64_t end, float* sums, void* scratch) {
-    int64_t R = a.queries(), H = P::width(a.H), G = a.N / a.K, at = (b * a.K + h) * a.S;
+    int64_t R = a.queries(), H = P::width(a.H), G = a.N / a.K;
     float *out = (float*)scratch, *weights = out + R * H, *best = weights + R * SLOTS, *total = best + R;
-    Query* q = (Query*)(total + R);
+    Query* q = (Query*)(total + R + SLOTS);
+    const Elem *keys = (const Elem*)a.k, *values = (const Elem*)a.v;
     for (int64_t r = 0; r < R; r++) {
       P::ready(a.q + ((b * a.T + r % a.T) * a.N + h * G + r / a.T) * a.H, a.H, q + r * H);
       for (int64_t i = 0; i < H; i++) out[r * H + i] = 0;
       best[r] = NOTHING, total[r] = 0;
     }
     for (int64_t first = begin; first < end; first += SLOTS) {
-      const Elem *k = (const Elem*)a.k + (at + first) * a.H, *v = (const Elem*)a.v + (at + first) * a.H;
-      int64_t n = least(SLOTS, end - first), r = 0;
-      bool fetch = true;
-      for (; r + MANY <= R; r += MANY, fetch = false) P::template scores<MANY>(q + r * H, k, v, n, a.H, weights + r * SLOTS, fetch);
-      for (; r < R; r++, fetch = false) P::template scores<1>(q + r * H, k, v, n, a.H, weights + r * SLOTS, fetch);
-      for (r = 0; r < R; r++) finish(a, b, at, a.position[b * a.T + r % a.T], first, n, weights + r * SLOTS);
+      const Block block(a, b, h, first, end);
+      for (int i = 0; i < block.count; i++) {
+        const Piece& own = block.piece[i];
+        int64_t after = first + own.start + own.n, ahead = a.place(b, h, after < end ? after : first);
+        const Elem *k = keys + own.place * a.H, *v = values + own.place * a.H, *next = keys + ahead * a.H;
+        float* to = weights + own.start;
+        int64_t r = 0;
+        for (; r + MANY <= R; r += MANY, next = nullptr)
+          P::template scores<MANY>(q + r * H, k, v, next, own.n, a.H, to + r * SLOTS);
+        for (; r < R; r++, next = nullptr) P::template scores<1>(q + r * H, k, v, next, own.n, a.H, to + r * SLOTS);
+      }
+      int64_t r = 0;
+      for (; r < R; r++) finish(a, b, a.position[b * a.T + r % a.T], first, block, weights + r * SLOTS);
       for (r = 0; r + MANY <= R; r += MANY)
-        weigh<MANY>(a, at + first, n, H, weights + r * SLOTS, best + r, total + r, out + r * H);
-      for (; r < R; r++) weigh<1>(a, at + first, n, H, weights + r * SLOTS, best + r, total + r, out + r * H);
-      for (r = 0; r + MANY <= R; r += MANY) P::template values<MANY>(weights + r * SLOTS, v, n, a.H, out + r * H);
-      for (; r < R; r++) P::template values<1>(weights + r * SLOTS, v, n, a.H, out + r * H);
+        weigh<MANY>(a, block, H, weights + r * SLOTS, best + r, total + r, out + r * H);
+      for (; r < R; r++) weigh<1>(a, block, H, weights + r * SLOTS, best + r, total + r, out + r * H);
+      for (int i = 0; i < block.count; i++) {
+        const Piece& own = block.piece[i];
+        const Elem* v = values + own.place * a.H;
+        const float* by = weights + own.start;
+        for (r = 0; r + MANY <= R; r += MANY) P::template values<MANY>(by + r * SLOTS, v, own.n, a.H, out + r * H);
+        for (; r < R; r++) P::template values<1>(by + r * SLOTS, v, own.n, a.H, out + r * H);
+      }
     }
     for (int64_t r = 0; r < R; r++) {
       float* to = sums + r * (a.H + 2);
@@ -199,8 +236,7 @@ struct Attend {
 
   // Scores [R, SLOTS] become weights, times the scales of the values; what was summed before fades to the new largest.
   template <int R>
-  static void weigh(const Attention& a, int64_t at, int64_t n, int64_t H, float* s, float* best, float* total,
-                    float* out) {
+  static void weigh(const Attention& a, const Block& block, int64_t H, float* s, float* best, float* total, float* out) {
     V sum[R];
     float base[R];
     EACH(r, R) {
@@ -227,7 +263,7 @@ struct Attend {
     }
     EACH(r, R) total[r] += T::sum4(sum[r], T::zero(), T::zero(), T::zero())[0];
     for (int64_t r = 0; a.v_scale && r < R; r++)
-      for (int64_t i = 0; i < n; i++) s[r * SLOTS + i] *= a.v_scale[at + i];
+      for (int64_t i = 0; i < SLOTS; i += WIDTH) put(s + r * SLOTS + i, get(s + r * SLOTS + i) * get(block.v_scale + i));
   }
 
   static void fade(V by, int64_t H, float* total, float* out) {

@@ -105,25 +105,31 @@ bool has(ffi::Span<const int64_t> dimensions, std::initializer_list<int64_t> siz
 
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                      ffi::Buffer<ffi::S32> position, ffi::RemainingArgs more, ffi::ResultBuffer<ffi::F32> out,
-                     float scale, float cap, int64_t window, int64_t sinks, bool slots, bool half, int32_t isa, int32_t threads) {
-  auto qs = q.dimensions(), ks = k.dimensions();
+                     float scale, float cap, int64_t window, int64_t sinks, bool slots, bool paged, bool half,
+                     int32_t isa, int32_t threads) {
+  auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions();
   ffi::DataType kind = k.element_type();
   Form form = kind == ffi::F32 ? F32 : kind == ffi::BF16 || kind == ffi::U16 ? BF16 : INT8;
   if ((form == INT8 && kind != ffi::S8) || v.element_type() != kind)
     return ffi::Error::InvalidArgument("attention reads caches of float32, bfloat16 or int8");
-  size_t extra = (form == INT8 ? 2 : 0) + (slots ? 1 : 0);
-  if (qs.size() != 4 || ks.size() != 4 || !ks[1] || qs[2] % ks[1] || more.size() != extra ||
-      !has(ks, {qs[0], ks[1], ks[2], qs[3]}) || !has(v.dimensions(), {ks[0], ks[1], ks[2], ks[3]}) ||
+  size_t extra = (form == INT8 ? 2 : 0) + (slots ? 1 : 0) + (paged ? 1 : 0), first = paged ? 2 : 1;
+  if (qs.size() != 4 || ks.size() != first + 3 || !std::equal(ks.begin(), ks.end(), vs.begin(), vs.end()) ||
+      more.size() != extra || !ks[first] || qs[2] % ks[first] || ks[first + 2] != qs[3] ||
+      (paged ? slots || !ks[0] || !ks[1] || qs[0] % ks[0] || !ks[3] || ks[3] % FOUR : ks[0] != qs[0]) ||
       !has(position.dimensions(), {qs[0], qs[1]}) || !has(out->dimensions(), {qs[0], qs[1], qs[2], qs[3]}))
-    return ffi::Error::InvalidArgument("attention takes q [B, T, N, H], k and v [B, K, S, H], position [B, T]");
+    return ffi::Error::InvalidArgument(
+        "attention takes q [B, T, N, H], position [B, T], and k and v [B, K, S, H] or, in pages, [D, P, K, Z, H]");
   Attention a{q.typed_data(), k.untyped_data(), v.untyped_data(), nullptr, nullptr, position.typed_data(), nullptr,
-              out->typed_data(), qs[0], qs[1], qs[2], ks[1], ks[2], ks[3], scale, cap, window, sinks};
+              nullptr, out->typed_data(), qs[0], qs[1], qs[2], ks[first], ks[first + 1], qs[3], 0, 0, 0, 0, scale, cap,
+              window, sinks};
   size_t next = 0;
   if (form == INT8) {
     auto k_scale = more.get<ffi::Buffer<ffi::F32>>(next++), v_scale = more.get<ffi::Buffer<ffi::F32>>(next++);
-    if (!k_scale.has_value() || !v_scale.has_value() || !has(k_scale->dimensions(), {a.B, a.K, a.S}) ||
-        !has(v_scale->dimensions(), {a.B, a.K, a.S}))
-      return ffi::Error::InvalidArgument("the scales of int8 are float32 [B, K, S]");
+    auto fits = [&](const auto& scales) {
+      return scales.has_value() && std::equal(ks.begin(), ks.end() - 1, scales->dimensions().begin(), scales->dimensions().end());
+    };
+    if (!fits(k_scale) || !fits(v_scale))
+      return ffi::Error::InvalidArgument("the scales of int8 are float32, one of each key and value");
     a.k_scale = k_scale->typed_data(), a.v_scale = v_scale->typed_data();
   }
   if (slots) {
@@ -131,6 +137,13 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
     if (!slot.has_value() || !has(slot->dimensions(), {a.B, a.S}))
       return ffi::Error::InvalidArgument("slots are int32 [B, S]");
     a.slot = slot->typed_data();
+  }
+  if (paged) {
+    auto table = more.get<ffi::Buffer<ffi::S32>>(next++);
+    if (!table.has_value() || table->dimensions().size() != 2 || table->dimensions()[0] != a.B)
+      return ffi::Error::InvalidArgument("a table is int32 [B, M]");
+    a.table = table->typed_data(), a.D = ks[0], a.P = ks[1], a.Z = ks[3], a.M = table->dimensions()[1];
+    a.S = a.M * a.Z;
   }
   return attend(a, form, half, pool, isa, threads);
 }
@@ -155,6 +168,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attention, attention,
                                   .Attr<int64_t>("window")
                                   .Attr<int64_t>("sinks")
                                   .Attr<bool>("slots")
+                                  .Attr<bool>("paged")
                                   .Attr<bool>("half")
                                   .Attr<int32_t>("isa")
                                   .Attr<int32_t>("threads"));

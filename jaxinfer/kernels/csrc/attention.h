@@ -10,21 +10,32 @@
 
 struct Attention {
   const float* q;           // [B, T, N, H]
-  const void* k;            // [B, K, S, H]
-  const void* v;            // [B, K, S, H]
-  const float* k_scale;     // [B, K, S] of int8, or null
-  const float* v_scale;     // [B, K, S]
+  const void* k;            // [B, K, S, H], or a pool [D, P, K, Z, H]
+  const void* v;            // likewise
+  const float* k_scale;     // [B, K, S] of int8, or [D, P, K, Z]; or null
+  const float* v_scale;     // likewise
   const int32_t* position;  // [B, T]; past any slot for a query that sees nothing
   const int32_t* slot;      // [B, S], which slot of the text each is; null where that is its index
+  const int32_t* table;     // [B, M], the page of each Z slots of a row, P or more for none; null where there is no pool
   float* out;               // [B, T, N, H]
   int64_t B, T, N, K, S, H;
+  int64_t D, P, Z, M;     // of a pool: the rows of a D-th have pages in that part of it
   float scale, cap;       // of the scores; cap 0: none
   int64_t window, sinks;  // window 0: none
 
   int64_t queries() const { return N / K * T; }
+
+  // Where a slot of row b and kv head h lies, in slots; and how many from it on lie side by side.
+  int64_t place(int64_t b, int64_t h, int64_t s) const {
+    if (!table) return (b * K + h) * S + s;
+    int64_t page = table[b * M + s / Z], last = P - 1;
+    return ((b / (B / D) * P + (page < last ? page : last)) * K + h) * Z + s % Z;
+  }
+  int64_t together(int64_t s) const { return table ? Z - s % Z : S - s; }
 };
 
 constexpr int64_t SLOTS = 32;   // whose scores are made together
+constexpr int64_t FOUR = 4;     // of which a page has a multiple
 constexpr int64_t SPAN = 1024;  // slots of which a thread makes one sum
 constexpr int32_t PAST = 1 << 30;
 

@@ -43,14 +43,14 @@ struct Pairs {
   }
 
   template <int R>
-  static void scores(const uint16_t* q, const uint16_t* k, const uint16_t* v, int64_t n, int64_t H, float* to,
-                     bool fetch) {
+  static void scores(const uint16_t* q, const uint16_t* k, const uint16_t* v, const uint16_t* next, int64_t n,
+                     int64_t H, float* to) {
     for (int64_t s = 0; s < n; s += 4) {
       const uint16_t* from[4];
       EACH(c, 4) from[c] = k + least(s + c, n - 1) * H;
-      for (int64_t i = s * H; fetch && i < (s + 4) * H; i += WIDTH) {
+      for (int64_t i = s * H; next && i < (s + 4) * H; i += WIDTH) {
         __builtin_prefetch(v + i, 0, SECOND_CACHE);
-        __builtin_prefetch(k + n * H + i, 0, SECOND_CACHE);
+        __builtin_prefetch(next + i, 0, SECOND_CACHE);
       }
       __m512 sum[R][4];
       __m512i part[4];
