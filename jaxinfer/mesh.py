@@ -146,6 +146,20 @@ def shardings(letters: Any, mesh: Mesh) -> Any:
     return _map(lambda path, word, _: NamedSharding(mesh, spec(word, path, mesh)), letters, letters)
 
 
+def shapes(tree: Any, letters: Any, mesh: Mesh | None = None) -> Any:
+    """Arrays as `jax.ShapeDtypeStruct`s that lie as their letters say on `mesh` (the ambient one unless given).
+
+    Without a mesh they say nothing of where they lie.
+    """
+    mesh = mesh if mesh is not None else concrete()
+
+    def shape(path: str, x: Any, word: str) -> jax.ShapeDtypeStruct:
+        home = None if mesh is None else NamedSharding(mesh, spec(word, path, mesh))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home)
+
+    return _map(shape, tree, letters)
+
+
 def shard(tree: Any, letters: Any = None, mesh: Mesh | None = None) -> Any:
     """The arrays of a tree, put where their letters say on `mesh` (the ambient one unless given).
 

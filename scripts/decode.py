@@ -6,6 +6,7 @@
     python scripts/decode.py --prompt "import os" --cache paged:page=16+int8
     python scripts/decode.py --plan --cache int4 --max-length 32768 --num-samples 8
     python scripts/decode.py --prompt "import os" --cpu-devices 8 --mesh data=2,tensor=4
+    python scripts/decode.py --prompt "import os" --aot programs
 
 Draws depend on --seed, which is 0 unless given: the same command says the same again. --temperature 0 is greedy. The
 text goes to stdout as it is made, then a short report to stderr; with --json the last line of stdout is one JSON object
@@ -14,6 +15,11 @@ $JAX_COMPILATION_CACHE_DIR or in jaxinfer/programs in the user's cache directory
 
 --draft guesses some tokens ahead, which the model verifies in one pass: the text is the same (see --rule), only sooner
 where enough guesses are right. The report says how many were; --compare measures what that is worth.
+
+--aot DIR keeps the executables themselves, so that the same command, started again, neither traces nor compiles. A file
+fits one version and one kind of machine; where another is found, one line says what differs, and the program is
+compiled anew beside it. Trust DIR like a program: what lies there is unpickled and run. Without --aot compiled programs
+are found in the compilation cache once they are traced. Either way they are made while the weights are read.
 
 --cache says what is kept of keys and values, and in which numbers; --plan says what a cache would take, before it does.
 
@@ -70,8 +76,10 @@ class Model:
     params: Any
     config: Any
     tokenizer: Any
+    programs: Any  # see `aot.Programs`
     form: str | None = None  # of the weights, where they are in codes
     drafting: Any = None  # see `drafting.Drafting`
+    outlined: bool = False  # whether the params are shapes alone
 
 
 class Numbers:
@@ -121,10 +129,35 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def load(args: Settings) -> Model:
+def load(args: Settings, tokenizer: Any = None, programs: Any = None) -> Model:
     """The model, and the draft that is to guess for it."""
-    model = load_model(args)
-    model = dataclasses.replace(model, form=jaxinfer.models.form_of(model.params))
+    tokenizer = tokenizer or read_tokenizer(args)
+    programs = jaxinfer.aot.Programs() if programs is None else programs
+    if args.random_weights:
+        params, config = random_weights(args, args.random_weights)
+    else:
+        params, config = jaxinfer.load(args.name, args.stored, quantize=args.quantize)
+    return drafted(args, Model(args.title, params, config, tokenizer, programs, jaxinfer.models.form_of(params)))
+
+
+def outline(args: Settings, tokenizer: Any, programs: Any) -> Model | None:
+    """What `load` will give, with shapes in place of weights; None where only the weights say what they are."""
+    import planning
+
+    if args.random_weights:
+        config = planning.read_shape(args.random_weights, args.dtype)
+        letters = jaxinfer.models.letters(config)
+        found = jaxinfer.mesh.shapes(planning.param_shapes(args, config), letters), config
+    else:
+        found = jaxinfer.weights.shapes(args.name, args.stored, quantize=args.quantize)
+    if found is None:
+        return None
+    params, config = found
+    return drafted(args, Model(args.title, params, config, tokenizer, programs, outlined=True))
+
+
+def drafted(args: Settings, model: Model) -> Model:
+    """The model with its draft."""
     if args.draft is None:
         return model
     import drafting
@@ -132,19 +165,18 @@ def load(args: Settings) -> Model:
     return dataclasses.replace(model, drafting=drafting.load(args, model))
 
 
-def load_model(args: Settings) -> Model:
-    """The checkpoint with its tokenizer, or random weights of a shape."""
+def read_tokenizer(args: Settings) -> Any:
+    """The checkpoint's."""
     if args.random_weights:
-        return random_weights(args, args.random_weights)
+        return Numbers()
     tokenizer = jaxinfer.Tokenizer(args.name)
     if args.chat and not tokenizer.has_chat_template:
         raise ValueError(f"{args.name} has no chat template: use --prompt without --chat, or a --model that has one")
-    params, config = jaxinfer.load(args.name, None if args.dtype == "auto" else args.dtype, quantize=args.quantize)
-    return Model(args.name, params, config, tokenizer)
+    return tokenizer
 
 
-def random_weights(args: Settings, path: str) -> Model:
-    """The shape in a file, with random weights."""
+def random_weights(args: Settings, path: str) -> tuple[Any, Any]:
+    """Random weights of the shape in a file, and its config."""
     import jax
     import planning
 
@@ -158,7 +190,7 @@ def random_weights(args: Settings, path: str) -> Model:
     params = models.init_params(config, jax.random.key(0), config.dtype)
     if args.quantize:
         params = jaxinfer.quantize(params, args.quantize)
-    return Model(pathlib.Path(path).stem, jax.block_until_ready(params), config, Numbers())
+    return jax.block_until_ready(params), config
 
 
 def prompts(args: Settings, model: Model) -> tuple[list[list[int]], list[str]]:
@@ -236,10 +268,8 @@ class Work:
             yield delta
 
 
-def begin(args: Settings, model: Model, ids: list[list[int]], held: list[int], budget: list[int], **how: Any) -> Work:
-    """Makes the stream and compiles what it will run."""
-
-    now = time.perf_counter()
+def flow(args: Settings, model: Model, ids: list[list[int]], budget: list[int], **how: Any) -> Any:
+    """The stream."""
     how.setdefault("chunk", CHUNK)
     if "state" not in how:
         how |= {"kind": args.cache, "dtype": None if args.cache_dtype == "auto" else args.cache_dtype}
@@ -252,10 +282,16 @@ def begin(args: Settings, model: Model, ids: list[list[int]], held: list[int], b
             start = functools.partial(
                 jaxinfer.speculation.stream, **model.drafting.ready(model, controls, len(ids), how)
             )
-        stream = start(
+        return start(
             model.params, model.config, model.tokenizer, ids, sampling=controls, stop=args.stop,
-            max_new_tokens=budget, prefill_chunk=args.prefill_chunk, **how,
+            max_new_tokens=budget, prefill_chunk=args.prefill_chunk, programs=model.programs, **how,
         )  # fmt: skip
+
+
+def begin(args: Settings, model: Model, ids: list[list[int]], held: list[int], budget: list[int], **how: Any) -> Work:
+    """Makes the stream and compiles what it will run, where that is not done yet."""
+    now = time.perf_counter()
+    stream = flow(args, model, ids, budget, **how)
     decode = stream.compile()[-1]
     held_by = stream.state.cache
     cache = {"kind": args.cache, "bytes": held_by.bytes, "rows": held_by.rows, "size": held_by.size}
@@ -268,17 +304,60 @@ def begin(args: Settings, model: Model, ids: list[list[int]], held: list[int], b
     return Work(stream, [len(row) for row in ids], held, cache, spent, per_device, collectives)
 
 
-def complete(args: Settings, model: Model, group: Group) -> tuple[list[Work], bool]:
-    """Continues the prompts, all in one batch; also whether Ctrl-C ended it."""
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Prompts to continue, all in one batch."""
+
+    ids: list[list[int]]
+    shown: list[str]
+    size: int  # of the cache
+    budget: list[int]  # new tokens of each row
+
+
+def read_task(args: Settings, model: Model, group: Group) -> Task:
+    """The prompts, one a row."""
+    ids, shown = prompts(args, model)
+    ids = [row for row in ids for _ in range(args.num_samples)]
+    shown = [text for text in shown for _ in range(args.num_samples)]
+    S, budget = room(args, model.config, [len(row) for row in ids])
+    group.agree({"the prompts' ids": digest(repr(ids).encode())})
+    return Task(ids, shown, S, budget)
+
+
+def prepare(args: Settings, programs: Any, group: Group) -> tuple[Model, Task | None, dict[str, float]]:
+    """The model, loaded, what it is to continue (in a chat nothing yet), and the seconds of loading and compiling.
+
+    What the prompts need is compiled while the weights are read; compiling has the seconds that it took longer. Several
+    processes do one after the other, since all must dispatch in the same order.
+    """
+    now = time.perf_counter()
     with doors():
-        ids, shown = prompts(args, model)
-        ids = [row for row in ids for _ in range(args.num_samples)]
-        shown = [text for text in shown for _ in range(args.num_samples)]
-        lengths = [len(row) for row in ids]
-        S, budget = room(args, model.config, lengths)
-        group.agree({"the prompts' ids": digest(repr(ids).encode())})
+        tokenizer = read_tokenizer(args)
+        sketch = None if args.interactive or group.num > 1 else outline(args, tokenizer, programs)
+        task = None if sketch is None else read_task(args, sketch, group)
+
+    def read() -> tuple[Model, float]:
+        with doors():
+            return load(args, tokenizer, programs), time.perf_counter() - now
+
+    def compile() -> None:
+        if sketch is not None and task is not None:
+            flow(args, sketch, task.ids, task.budget, size=task.size).compile()
+
+    if task is None:
+        model, loaded = read()
+        with doors():
+            task = None if args.interactive else read_task(args, model, group)
+        return model, task, {"load": loaded, "compile": 0.0}
+    (model, loaded), _ = runtime.together(read, compile)
+    return model, task, {"load": loaded, "compile": time.perf_counter() - now - loaded}
+
+
+def complete(args: Settings, model: Model, task: Task) -> tuple[list[Work], bool]:
+    """Continues the prompts; also whether Ctrl-C ended it."""
+    ids, budget, S, lengths = task.ids, task.budget, task.size, [len(row) for row in task.ids]
     work = begin(args, model, ids, lengths, budget, size=S)
-    screen = Screen(shown, work.stream)
+    screen = Screen(task.shown, work.stream)
     with ctrl_c() as pressed:
         for _ in profiled(work, args.profile) if args.profile else work:
             if args.stream:
@@ -411,7 +490,7 @@ def profiled(work: Work, directory: str) -> Iterator[Any]:
 # --- what came of it -----------------------------------------------------------------------------------------------
 
 
-def facts(model: Model, done: list[Work], load_seconds: float, compiled: int) -> dict[str, Any]:
+def facts(model: Model, done: list[Work], before: dict[str, float], compiled: int) -> dict[str, Any]:
     """The report: what ran where, what came out, how fast. Rows of a batch and turns of a chat look the same here."""
     import jax
 
@@ -448,8 +527,8 @@ def facts(model: Model, done: list[Work], load_seconds: float, compiled: int) ->
         "text": [text for stream in streams for text in stream.text],
         "finish": ["interrupted" if why == "running" else why for stream in streams for why in stream.finish],
         "seconds": {
-            "load": load_seconds,
-            "compile": sum(work.compile_seconds for work in done),
+            "load": before["load"],
+            "compile": before["compile"] + sum(work.compile_seconds for work in done),
             "prefill": prefill,
             "decode": decode,
             "first_token": done[0].first_token,
@@ -507,18 +586,20 @@ def run(args: Settings, group: Group) -> int:
     compiled = runtime.count_programs()
     now = time.perf_counter()
     with doors(RuntimeError):
+        programs = jaxinfer.aot.Programs(args.aot)
         mesh = runtime.start(args, group)
+    started = time.perf_counter() - now
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         if args.plan:
             return tell_plan(args, group)
-        with doors():
-            if args.several:
+        if args.several:
+            with doors():
                 group.agree(files(args))
-            model = load(args)
-        load_seconds = time.perf_counter() - now
-        done, interrupted = (converse(args, model), False) if args.interactive else complete(args, model, group)
+        model, task, seconds = prepare(args, programs, group)
+        seconds["load"] += started
+        done, interrupted = (converse(args, model), False) if task is None else complete(args, model, task)
         if done and group.id == 0:
-            told = facts(model, done, load_seconds, compiled())
+            told = facts(model, done, seconds, compiled())
             print(json.dumps(told), flush=True) if args.json else report(told)
     return 130 if interrupted else 0
 
@@ -561,4 +642,4 @@ def main(args: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    runtime.leave(main(parse_args()))

@@ -146,7 +146,7 @@ def load(args: Settings, model: Any) -> Drafting | None:
         draft = read(args.draft, None if args.dtype == "auto" else args.dtype, model)
         num, rule = args.num_draft_tokens or DRAFT_TOKENS, args.rule or "shared"
         plan = planned(draft, model.config, num, args.draft_tree, rule, args.adaptive)
-    return Drafting(args.draft, draft, plan, args.draft_tree)
+    return Drafting(args.draft, draft, plan, args.draft_tree, cost=0.0 if model.outlined else None)
 
 
 @contextlib.contextmanager
@@ -171,7 +171,8 @@ def read(name: str, dtype: str | None, model: Any) -> Draft:
     if weights.is_head(place):
         raise ValueError(f"this is a head: write --draft head:{name}")
     tokenizer = model.tokenizer if name == model.name else jaxinfer.Tokenizer(name)  # builtin/draft has the built-in's
-    params, config = jaxinfer.load(place, dtype)
+    outline = weights.shapes(place, dtype) if model.outlined else None
+    params, config = outline or jaxinfer.load(place, dtype)
     vocab = shared_vocabulary(model.tokenizer, tokenizer, model.config.vocab_size, config.vocab_size)
     return ModelDraft(params, config, vocab=vocab)
 
@@ -179,7 +180,7 @@ def read(name: str, dtype: str | None, model: Any) -> Draft:
 def read_head(place: pathlib.Path, model: Any) -> HeadDraft:
     """A head that was trained for this model, in the model's dtype."""
     params, config, target = weights.load_head(place, model.config.dtype)
-    own = models.fingerprint(model.params, model.config)
+    own = target if model.outlined else models.fingerprint(model.params, model.config)
     if not target.startswith(own):  # of weights in codes, the sizes alone are known
         raise ValueError(
             f"this head was trained for {target} but {model.name} is {own}: take a head of this model's own "
@@ -199,8 +200,8 @@ def measure(model: Any, drafting: Drafting, state: State, sampling: jaxinfer.Sam
     rows, config, plan = state.cache.rows, model.config, drafting.plan
     controls = jax.tree.map(lambda x: idle(state.cache, x)[0], sampling.rows(rows, config.vocab_size, config.stop_ids))
     key, runner = first_key(), Decoder(config)
-    plain = functools.partial(model_passes, model.params, model=runner)
-    ahead = functools.partial(draft_passes, drafting.draft, model=runner, plan=plan)
+    plain = functools.partial(model.programs.run, model_passes, model.params, model=runner)
+    ahead = functools.partial(model.programs.run, draft_passes, drafting.draft, model=runner, plan=plan)
     own, state = seconds(lambda state, num: plain(state, controls, key, num), state)
     other, _ = seconds(lambda state, num: ahead(state, controls, key, num), state)
     return float(jaxinfer.mesh.hear(other / plan.tree.height / own)[0, 0])
@@ -266,7 +267,7 @@ def draft_passes(
 def begun(state: State) -> State:
     """Rows of a few tokens, whatever they held."""
     length = jnp.full_like(state.length, KNOWN)
-    cache = state.cache.replace(length=length - 1)
+    cache = state.cache.replace(length=jaxinfer.mesh.constrain(length - 1, "B"))
     return state.replace(cache=cache, tokens=jnp.zeros_like(state.tokens), length=length, prompt=length).placed()
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import queue
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import flags
 import processes
@@ -16,6 +19,7 @@ from processes import say
 import jaxinfer
 
 OWN = frozenset({"process_id", "coordinator", "join_timeout", "json", "compile_cache"})  # each process has its own
+JOB = "jaxinfer-job"  # the name of its threads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,11 @@ class Machine:
     def several(self) -> bool:
         """Whether there are other processes."""
         return self.distributed or (self.num_processes or 1) > 1
+
+    @property
+    def kept(self) -> str | None:
+        """Where JAX keeps programs; by default in the user's cache."""
+        return None
 
     @property
     def who(self) -> str:
@@ -119,7 +128,7 @@ def start(args: Machine, group: processes.Group) -> Any:
     if args.cpu_devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
-    keep_programs(args.compile_cache)
+    keep_programs(args.compile_cache, args.kept)
     if isinstance(group, processes.Together):
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, and go on
         jax.distributed.initialize(
@@ -130,7 +139,7 @@ def start(args: Machine, group: processes.Group) -> Any:
     return None if axes is None else jaxinfer.mesh.make_mesh(axes)
 
 
-def keep_programs(wanted: bool) -> None:
+def keep_programs(wanted: bool, directory: str | None = None) -> None:
     """Turns the persistent compilation cache on, for programs of any size."""
     import jax
 
@@ -138,7 +147,7 @@ def keep_programs(wanted: bool) -> None:
     if not wanted:
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(home, "jaxinfer", "programs")
+    directory = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(home, "jaxinfer", "programs")
     try:
         os.makedirs(directory, exist_ok=True)
     except OSError as error:
@@ -164,6 +173,40 @@ def count_programs() -> Callable[[], int]:
     jax.monitoring.register_event_listener(note)
     jax.monitoring.register_event_duration_secs_listener(note)
     return lambda: seen[wanted] - seen[found]
+
+
+def together(*jobs: Callable[[], Any]) -> list[Any]:
+    """What the jobs give, which are done side by side. The first that fails is raised at once, as is Ctrl-C.
+
+    The others are then left behind: see `leave`.
+    """
+    import jax
+
+    mesh, done = jaxinfer.mesh.concrete(), queue.SimpleQueue()
+
+    def do(place: int, job: Callable[[], Any]) -> None:
+        try:
+            with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+                done.put((place, job(), None))
+        except BaseException as error:
+            done.put((place, None, error))
+
+    for place, job in enumerate(jobs):
+        threading.Thread(target=do, args=(place, job), name=JOB, daemon=True).start()
+    results: dict[int, Any] = {}
+    while len(results) < len(jobs):
+        place, result, error = done.get()
+        if error is not None:
+            raise error
+        results[place] = result
+    return [results[place] for place in range(len(jobs))]
+
+
+def leave(code: int) -> NoReturn:
+    """Exits, at once where a job was left behind: XLA does not stop compiling, and must not be torn down meanwhile."""
+    if any(thread.name == JOB for thread in threading.enumerate()):
+        processes.quit_now(code)
+    sys.exit(code)
 
 
 # --- what the report says of it ------------------------------------------------------------------------------------

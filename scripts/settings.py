@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 import re
 import sys
 
@@ -82,6 +83,12 @@ class Settings(runtime.Machine):
     compare: bool = setting(False, "afterwards measure the speed-up: the same prompts, with the draft and without")
     plan: bool = setting(False, "only say what memory weights and cache take, and how much more would fit")
     memory: str | None = setting(None, "of --plan: instead of what is free here, such as 80GB", metavar="SIZE")
+    aot: str | None = setting(
+        None,
+        "keep compiled programs in DIR, so that a restart with these settings traces and compiles nothing; a directory "
+        "to trust like a program, for what lies there is run",
+        metavar="DIR",
+    )
     profile: str | None = setting(None, "write a jax.profiler trace of a few warm steps", metavar="DIR")
     stream: bool = setting(True, "show the text as it is made; otherwise it is made in one dispatch")
     json: bool = setting(False, "the report as JSON, on the last line of stdout")
@@ -90,6 +97,21 @@ class Settings(runtime.Machine):
     def interactive(self) -> bool:
         """Whether the user's turns come from stdin."""
         return self.chat and not (self.prompt or self.prompt_file)
+
+    @property
+    def title(self) -> str:
+        """What the model is called."""
+        return pathlib.Path(self.random_weights).stem if self.random_weights else self.name
+
+    @property
+    def stored(self) -> str | None:
+        """The dtype of the weights; None: as stored."""
+        return None if self.dtype == "auto" else self.dtype
+
+    @property
+    def kept(self) -> str | None:
+        """Where JAX keeps programs: of --aot the small ones, which are traced at every start."""
+        return self.aot and os.path.join(os.path.expanduser(self.aot), "jax")
 
     @property
     def name(self) -> str:
@@ -132,6 +154,12 @@ def check(args: Settings) -> None:
         raise ValueError("--prompt-file - reads one process's stdin: give --prompt, or a file that every process has")
     if args.profile and most < 1 + 2 * TRACED:
         raise ValueError(f"--profile needs --max-new-tokens of at least {1 + 2 * TRACED} to get warm, not {most}")
+    if args.aot and not args.compile_cache:
+        raise ValueError("--aot and --no-compile-cache contradict each other: leave one of them out")
+    if args.aot and args.several:
+        raise ValueError(
+            "--aot keeps programs of one process: leave it out, and several find theirs in the compilation cache"
+        )
     check_cache(args)
     biases(args)
     check_draft(args)

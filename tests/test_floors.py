@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 FLOORS = (  # from the ground up; a room may import every floor below, and the rooms before it on its own
     ("config", "hub", "text", "mesh", "program"),
-    ("kernels", "quantization"),
+    ("kernels", "aot", "quantization"),
     ("ops", "sampling"),
     ("cache",),
     ("models",),

@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.stages import Compiled
 
 from jaxinfer import mesh
+from jaxinfer.aot import Programs, result
 from jaxinfer.config import ModelConfig
 from jaxinfer.decoding.generate import Process, check, check_pages, per_row, run
 from jaxinfer.decoding.model import Adapted, Decoder, Model, adapt
@@ -29,9 +31,14 @@ def read_chunk(params: Any, state: State, ids: jax.Array, num: jax.Array, *, mod
     return read(model, params, state, ids, num)[0]
 
 
+@functools.partial(jax.jit, static_argnames=("room",))
+def compress(state: State, *, room: int) -> State:
+    """What is left of prompts, in a cache that makes them small; `room` tokens are to follow."""
+    return state.replace(cache=state.cache.compress(room))
+
+
 start = jax.jit(State.init, donate_argnums=0)
 cut = jax.jit(State.cut, donate_argnums=0)
-compress = jax.jit(lambda state, room: state.replace(cache=state.cache.compress(room)), static_argnums=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,36 +165,47 @@ class Program:
     prompts: list[tuple[np.ndarray, np.ndarray]]  # chunks of ids [B, T] and num [B]
     lengths: np.ndarray  # [B] tokens before the output begins
     room: int  # tokens that are to follow prompts which are made small
+    programs: Programs  # where compiled ones are found
 
-    def compile(self, state: State, budget: np.ndarray) -> list[Any]:
-        """Both programs, lowered and compiled; later calls find them."""
-        lowered, memory = [], None
+    def compile(self, state: State, budget: np.ndarray) -> list[Compiled]:
+        """All programs; later calls find them."""
+
+        def take(call: Call) -> Compiled:
+            f, arguments, static = call
+            return self.programs.take(f, *arguments, **static)
+
+        found, memory = [], None
         for chunk in self.prompts[:2]:  # the first may make the memory that later ones go on with
             before = memory
-            read, arguments, static = self.reader(state, memory, *chunk)
-            lowered.append(read.lower(*arguments, **static))
-            _, memory = self.told(jax.eval_shape(functools.partial(read, **static), *arguments))
+            found.append(take(self.reader(state, memory, *chunk)))
+            state, memory = self.told(result(found[-1]))
             if memory is before:
                 break
         if state.cache.compresses:
-            state = jax.eval_shape(functools.partial(compress, room=self.room), state)
-        run, arguments, static = self.runner(state, memory, budget)
-        return [each.compile() for each in (*lowered, run.lower(*arguments, **static))]
+            state = result(take(self.compressor(state)))
+        return [*found, take(self.runner(state, memory, budget))]
 
     def read(self, state: State, memory: Any, ids: np.ndarray, num: np.ndarray) -> tuple[State, Any]:
         """One chunk of the prompts."""
         read, arguments, static = self.reader(state, memory, ids, num)
-        return self.told(read(*arguments, **static))
+        return self.told(self.programs.run(read, *arguments, **static))
 
     def run(self, state: State, memory: Any, budget: np.ndarray) -> tuple[Any, Any]:
         """A few tokens of every row."""
         run, arguments, static = self.runner(state, memory, budget)
-        result = run(*arguments, **static)
-        return result, self.kept(result)
+        made = self.programs.run(run, *arguments, **static)
+        return made, self.kept(made)
 
     def compressed(self, state: State) -> State:
         """What is left of the prompts, where the cache is of a kind that makes them small."""
-        return compress(state, self.room) if state.cache.compresses else state
+        if not state.cache.compresses:
+            return state
+        small, arguments, static = self.compressor(state)
+        return self.programs.run(small, *arguments, **static)
+
+    def compressor(self, state: State) -> Call:
+        """What makes prompts small."""
+        return compress, (state,), {"room": self.room}
 
     def reader(self, state: State, memory: Any, ids: np.ndarray, num: np.ndarray) -> Call:
         """What reads a chunk."""
@@ -229,6 +247,7 @@ def stream(
     pace: float = 0.2,
     prefill_chunk: int = 512,
     program: Callable[..., Program] = Program,
+    programs: Programs | None = None,
     **cache: Any,
 ) -> Stream:
     """Continues prompts, and gives each row's text as it is made.
@@ -239,6 +258,7 @@ def stream(
     chunk: tokens a dispatch, at most: the first dispatch makes one token, so that it is seen at once, the later ones as
     many as take `pace` seconds. prefill_chunk: prompt tokens a dispatch.
     program: how tokens are made; `speculation.stream` gives one that drafts.
+    programs: where compiled programs are found, and kept; this stream's own by default.
     cache: further options of `jaxinfer.init_cache`. The rest is as in `generate`, whose ids these are.
 
     Raises ValueError before anything is dispatched: what `generate` refuses, chunks smaller than 1, and a size or cache
@@ -286,6 +306,7 @@ def stream(
         prompts=list(chunks(whole, num, prefill_chunk)),
         lengths=mesh.fetch(begun.length)[: len(num)] + num,
         room=int(max((begun.cache.size - num).max(), budget.max())),
+        programs=Programs() if programs is None else programs,
     )
     return Stream(made, begun, detokenizers, budget)
 

@@ -10,6 +10,7 @@ the two is taken:
 from jaxinfer.kernels.attention import attended
 from jaxinfer.kernels.choice import KernelChoice, choice, use
 from jaxinfer.kernels.kept import PAST, Kept, Rule
+from jaxinfer.kernels.machine import machine
 from jaxinfer.kernels.memory import cache_dtype, free_memory, host_memory, keeps_bits, packs_int4
 from jaxinfer.kernels.products import BLOCK, UNIT
 
@@ -26,6 +27,7 @@ __all__ = [
     "free_memory",
     "host_memory",
     "keeps_bits",
+    "machine",
     "packs_int4",
     "use",
 ]

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer import mesh
 from jaxinfer.cache import Tree
 from jaxinfer.decoding.generate import Process, active, begin
 from jaxinfer.decoding.model import Adapted, Decoder
@@ -215,4 +216,4 @@ def prepared(
         told = draft.read(told, state, state.tokens, jnp.zeros_like(start), None)
     elif taken is not None:
         told = draft.read(told, state, taken, start, hidden)
-    return state, Memory(told, rate)
+    return state, Memory(told, mesh.constrain(rate, "B"))  # as the loop gives it back: one program takes either

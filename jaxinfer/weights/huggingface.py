@@ -49,23 +49,34 @@ def load(
     return params, config
 
 
+def shapes(
+    name: str | os.PathLike[str], dtype=None, *, quantize: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[dict[str, Any], ModelConfig] | None:
+    """What `load` will give, with `jax.ShapeDtypeStruct`s in place of arrays: to compile for it while it is loaded.
+
+    Headers are read, and no weights; raises what `load` raises for these. None for a sharded checkpoint that `save`
+    wrote.
+    """
+    from jaxinfer.weights import orbax  # imported here: it stands on this file
+
+    directory = hub.locate(os.fspath(name))
+    if orbax.holds(directory):
+        return None
+    mesh = mesh if mesh is not None else meshes.concrete()
+    _, config, _ = opened(directory, dtype, mesh)
+    tree = models.param_shapes(config)
+    if quantize:
+        form = quantize
+        tree = jax.eval_shape(lambda params: models.quantize(params, form, mesh), tree)
+    return meshes.shapes(tree, models.letters(config), mesh), config
+
+
 def read_model(
     directory: pathlib.Path, dtype=None, mesh: jax.sharding.Mesh | None = None, quantize: str | None = None
 ) -> tuple[dict[str, Any], ModelConfig, int]:
     """What `load` gives for a Hugging Face directory, and how many bytes of its tensors were read."""
-    raw = read_json(directory / "config.json")
-    family = models.family(raw)
-    config = family.config(raw)
-    stop = stop_ids(directory)
-    checkpoint = Checkpoint(directory)
-    found = match(checkpoint, config, family.NAMES)
-    dtype = jnp.dtype(dtype) if dtype is not None else checkpoint.entries[found[0][1]].dtype
-    if dtype.name not in FLOATS:
-        raise ValueError(f"dtype {dtype.name} cannot be computed in: take one of {', '.join(FLOATS)}")
-    config = config.replace(dtype=dtype.name, stop_ids=config.stop_ids if stop is None else stop)
     mesh = mesh if mesh is not None else meshes.concrete()
-    if mesh is not None:
-        config = models.arrange_config(config, mesh)
+    checkpoint, config, found = opened(directory, dtype, mesh)
     check_memory(config, mesh, quantize)
     places = slots(config, mesh)
     tree: dict[str, Any] = {}
@@ -79,6 +90,23 @@ def read_model(
             set_leaf(tree, path, made(path, array))
     tree["layers"] = tuple(tree["layers"][index] for index in range(len(config.layers)))
     return tree, config, checkpoint.bytes_read
+
+
+def opened(
+    directory: pathlib.Path, dtype: Any, mesh: jax.sharding.Mesh | None
+) -> tuple[Checkpoint, ModelConfig, list[tuple[Tensor, str]]]:
+    """A Hugging Face directory, its config arranged for the mesh, and each tensor with its stored name."""
+    raw = read_json(directory / "config.json")
+    family = models.family(raw)
+    config = family.config(raw)
+    stop = stop_ids(directory)
+    checkpoint = Checkpoint(directory)
+    found = match(checkpoint, config, family.NAMES)
+    dtype = jnp.dtype(dtype) if dtype is not None else checkpoint.entries[found[0][1]].dtype
+    if dtype.name not in FLOATS:
+        raise ValueError(f"dtype {dtype.name} cannot be computed in: take one of {', '.join(FLOATS)}")
+    config = config.replace(dtype=dtype.name, stop_ids=config.stop_ids if stop is None else stop)
+    return checkpoint, config if mesh is None else models.arrange_config(config, mesh), found
 
 
 def match(checkpoint: Checkpoint, config: ModelConfig, names: Names) -> list[tuple[Tensor, str]]:
