@@ -236,7 +236,7 @@ def parts(path: pathlib.Path) -> tuple[dict[str, Any], bytes]:
     head = json.loads(first) if first.startswith(b"{") else {}
     if head.get("format") != FORMAT:
         raise ValueError("it does not begin as a program does")
-    if head["sha256"] != hashlib.sha256(data).hexdigest():
+    if head.get("sha256") != hashlib.sha256(data).hexdigest():
         raise ValueError("it is cut short, or damaged")
     return head, data
 

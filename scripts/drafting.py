@@ -180,8 +180,8 @@ def read(name: str, dtype: str | None, model: Any) -> Draft:
 def read_head(place: pathlib.Path, model: Any) -> HeadDraft:
     """A head that was trained for this model, in the model's dtype."""
     params, config, target = weights.load_head(place, model.config.dtype)
-    own = target if model.outlined else models.fingerprint(model.params, model.config)
-    if not target.startswith(own):  # of weights in codes, the sizes alone are known
+    own = models.fingerprint(model.params, model.config)
+    if not target.startswith(own):  # of weights in codes, and of an outline, the sizes alone are known
         raise ValueError(
             f"this head was trained for {target} but {model.name} is {own}: take a head of this model's own "
             "(scripts/distill.py --kind head makes one)"

@@ -154,6 +154,8 @@ def check(args: Settings) -> None:
         raise ValueError("--prompt-file - reads one process's stdin: give --prompt, or a file that every process has")
     if args.profile and most < 1 + 2 * TRACED:
         raise ValueError(f"--profile needs --max-new-tokens of at least {1 + 2 * TRACED} to get warm, not {most}")
+    if args.aot == "":
+        raise ValueError("--aot is empty: give it a directory")
     if args.aot and not args.compile_cache:
         raise ValueError("--aot and --no-compile-cache contradict each other: leave one of them out")
     if args.aot and args.several:

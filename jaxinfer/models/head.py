@@ -102,10 +102,10 @@ def fingerprint(params: Params, config: ModelConfig) -> str:
 
     The digest is of the last norm's scale and the first rows of the embedding, rounded to bfloat16: float32 and
     bfloat16 loads of a checkpoint agree (float16 may not), on any mesh. On a mesh all processes call it. Of params in
-    codes only the beginning is known, "D256-V4096-L8-".
+    codes, and of shapes alone, only the beginning is known, "D256-V4096-L8-".
     """
     sizes = f"D{config.width}-V{config.vocab_size}-L{len(config.layers)}-"
-    if isinstance(params["embed"], Weight):
+    if isinstance(params["embed"], (Weight, jax.ShapeDtypeStruct)):
         return sizes
     digest = hashlib.sha256()
     for array in mesh.fetch((params["norm"]["scale"], params["embed"][: min(ROWS, config.vocab_size)])):

@@ -1,12 +1,14 @@
 """From nothing to the first token: imports, loading, compiling with and without what earlier runs left, side by side.
 
 Each measurement is a process of its own: `scripts/decode.py` makes one token of a prompt of random ids, and says how
-long its parts took; all cases in turn, round after round. A run before them, which is not counted, built the kernels,
-kept the programs and left the model's files in the system's memory.
+long its parts took; all cases in turn, round after round. Runs before them, which are not counted, built the kernels,
+kept the programs and left the model's files in the system's memory. Loading and compiling go on side by side: compiling
+has the seconds that it took longer.
 
     cold            an empty cache directory: kernels are built, programs compiled
     cold, kernels   kernels lie ready, as after an installation; programs are compiled
-    warm            both lie ready
+    warm            both lie ready; programs are traced, and found
+    aot             programs lie ready as decode.py --aot keeps them; nothing is traced
 
 A --shape is first saved as a checkpoint of random weights, in a temporary directory. This process starts no device, so
 the others find all of its memory free; no ceilings are measured here.
@@ -36,7 +38,7 @@ IMPORTS = {
     "import jaxinfer": "import jaxinfer",
     "every name of jaxinfer": "from jaxinfer import *",
 }
-CASES = ("cold", "cold, kernels", "warm")
+CASES = ("cold", "cold, kernels", "warm", "aot")
 PARTS = ("import", "load", "compile", "prefill", "decode")
 SAVE = "import sys; from suites import startup; startup.save(*sys.argv[1:])"
 
@@ -122,7 +124,9 @@ def rounds(num: int, words: list[str], folder: pathlib.Path) -> tuple[dict[str, 
     imports: dict[str, list[float]] = {name: [] for name in IMPORTS}
     starts: dict[str, list[Any]] = {case: [] for case in CASES}
     warm = folder / "warm"
-    start(words, warm)  # what earlier runs leave, and files in the system's memory
+    kept = [*words, "--aot", str(folder / "aot")]
+    for each in (words, kept):
+        start(each, warm)  # what earlier runs leave, and files in the system's memory
     for turn in range(num):
         for name, code in IMPORTS.items():
             imports[name].append(child([sys.executable, "-c", code], {})[0])
@@ -130,6 +134,7 @@ def rounds(num: int, words: list[str], folder: pathlib.Path) -> tuple[dict[str, 
         starts["cold"].append(start(words, fresh))
         starts["cold, kernels"].append(start(words, warm, JAX_COMPILATION_CACHE_DIR=str(programs)))
         starts["warm"].append(start(words, warm))
+        starts["aot"].append(start(kept, warm))
         for left in (fresh, programs):
             shutil.rmtree(left, ignore_errors=True)
     return imports, starts

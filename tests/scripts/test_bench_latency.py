@@ -276,21 +276,22 @@ def test_a_start_is_made_in_every_case_in_turn_and_its_parts_add_up(run, monkeyp
             return 0.125, ""
         home = pathlib.Path(environment["XDG_CACHE_HOME"])
         programs = pathlib.Path(environment.get("JAX_COMPILATION_CACHE_DIR", home / "programs"))
-        calls.append((home.name, home.exists(), programs.exists()))
+        calls.append((home.name, home.exists(), programs.exists(), "--aot" in command))
         programs.mkdir(parents=True, exist_ok=True)
         home.mkdir(exist_ok=True)
         return 9.0, json.dumps(told(5.0 + len(calls)))
 
     monkeypatch.setattr(startup, "child", child)
     lines, found = run("startup", "--rounds", "2")
-    kinds = {case: [calls[1 + i], calls[4 + i]] for i, case in enumerate(startup.CASES)}
-    assert calls[0] == ("warm", False, False) and len(calls) == 7  # what is not counted
-    assert [call[1:] for call in kinds["cold"]] == [(False, False)] * 2
-    assert kinds["cold, kernels"] == [("warm", True, False)] * 2  # kernels, but no programs
-    assert kinds["warm"] == [("warm", True, True)] * 2
+    kinds = {case: [calls[2 + i], calls[6 + i]] for i, case in enumerate(startup.CASES)}
+    assert calls[:2] == [("warm", False, False, False), ("warm", True, True, True)] and len(calls) == 10  # not counted
+    assert [call[1:] for call in kinds["cold"]] == [(False, False, False)] * 2
+    assert kinds["cold, kernels"] == [("warm", True, False, False)] * 2  # kernels, but no programs
+    assert kinds["warm"] == [("warm", True, True, False)] * 2
+    assert kinds["aot"] == [("warm", True, True, True)] * 2
     assert [line["case"] for line in found["results"]] == list(startup.CASES)
     for place, line in enumerate(found["results"]):
-        firsts = [5.0 + place + 2, 5.0 + place + 5]
+        firsts = [5.0 + place + 3, 5.0 + place + 7]
         seconds = {name: spread["median"] for name, spread in line["seconds"].items()}
         assert seconds["first_token"] == np.median(firsts) and line["compiled_programs"] == 4
         assert sum(seconds[part] for part in startup.PARTS) == pytest.approx(seconds["first_token"])

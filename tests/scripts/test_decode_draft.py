@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import types
 
 import jax
 import pytest
@@ -220,6 +221,6 @@ def test_a_draft_larger_than_memory_is_refused_by_name(refused, tiny, small, mon
     from jaxinfer.weights import shards
 
     free = iter([10**12, 1000])  # the model's, then the draft's
-    monkeypatch.setattr(shards.kernels, "free_memory", lambda: next(free))
+    monkeypatch.setattr(shards, "kernels", types.SimpleNamespace(free_memory=lambda: next(free)))
     words = ["--model", str(tiny), "--no-compile-cache", "--prompt", "a", "--draft", str(small)]
     refused(words, f"--draft {small}: the weights need 0.00 GB of this process's memory, 0.00 GB are free", 1)

@@ -15,7 +15,7 @@ import pytest
 from tiny_models import CASES, write_checkpoint
 
 import jaxinfer
-from jaxinfer import kernels, models
+from jaxinfer import kernels, models, weights
 from jaxinfer import mesh as meshes
 from jaxinfer.models.names import tensors
 from jaxinfer.weights import Checkpoint, shards, write_safetensors
@@ -113,6 +113,22 @@ def test_the_ambient_mesh_is_taken_unless_one_is_given(checkpoint, on_mesh):
     for (params, config), given in ((here, mesh), (there, other)):
         assert config == jaxinfer.load(path, mesh=given)[1]
         jax.tree.map(same_bits, params, jaxinfer.load(path, mesh=given)[0])
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.parametrize("axes", ["", "data=2,tensor=4"])
+@pytest.mark.parametrize("form", [None, "int8", "int4:group=2"])
+def test_shapes_are_those_of_the_arrays_that_load_gives(axes, form, checkpoint, on_mesh, monkeypatch):
+    directory = checkpoint("qwen3", next(iter(CASES["qwen3"])))
+    with on_mesh(axes):
+        params, config = jaxinfer.load(directory, quantize=form)
+        monkeypatch.setattr(Checkpoint, "open", None)
+        found = weights.shapes(directory, quantize=form)
+    assert found is not None and found[1] == config
+    assert jax.tree.structure(found[0]) == jax.tree.structure(params)
+    for shape, array in zip(jax.tree.leaves(found[0]), jax.tree.leaves(params), strict=True):
+        assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+        assert shape.sharding is None if not axes else shape.sharding.is_equivalent_to(array.sharding, array.ndim)
 
 
 def test_a_mesh_that_splits_no_weight_gives_each_device_all_of_them(checkpoint):
