@@ -16,10 +16,11 @@ $JAX_COMPILATION_CACHE_DIR or in jaxinfer/programs in the user's cache directory
 --draft guesses some tokens ahead, which the model verifies in one pass: the text is the same (see --rule), only sooner
 where enough guesses are right. The report says how many were; --compare measures what that is worth.
 
---aot DIR keeps the executables themselves, so that the same command, started again, neither traces nor compiles. A file
-fits one version and one kind of machine; where another is found, one line says what differs, and the program is
-compiled anew beside it. Trust DIR like a program: what lies there is unpickled and run. Without --aot compiled programs
-are found in the compilation cache once they are traced. Either way they are made while the weights are read.
+--aot DIR keeps the executables themselves, so that the same command, started again, compiles nothing and traces no
+model. A file fits one version and one kind of machine; where another is found, one line says what differs, and the
+program is compiled anew beside it. Trust DIR like a program: what lies there is unpickled and run. Without --aot
+compiled programs are found in the compilation cache once they are traced. Either way they are made while the weights
+are read.
 
 --cache says what is kept of keys and values, and in which numbers; --plan says what a cache would take, before it does.
 

@@ -85,8 +85,8 @@ class Settings(runtime.Machine):
     memory: str | None = setting(None, "of --plan: instead of what is free here, such as 80GB", metavar="SIZE")
     aot: str | None = setting(
         None,
-        "keep compiled programs in DIR, so that a restart with these settings traces and compiles nothing; a directory "
-        "to trust like a program, for what lies there is run",
+        "keep compiled programs in DIR, so that a restart with these settings compiles nothing and traces no model; "
+        "trust DIR like a program, for what lies there is unpickled and run",
         metavar="DIR",
     )
     profile: str | None = setting(None, "write a jax.profiler trace of a few warm steps", metavar="DIR")

@@ -8,7 +8,7 @@ has the seconds that it took longer.
     cold            an empty cache directory: kernels are built, programs compiled
     cold, kernels   kernels lie ready, as after an installation; programs are compiled
     warm            both lie ready; programs are traced, and found
-    aot             programs lie ready as decode.py --aot keeps them; nothing is traced
+    aot             programs lie ready as decode.py --aot keeps them; no model is traced
 
 A --shape is first saved as a checkpoint of random weights, in a temporary directory. This process starts no device, so
 the others find all of its memory free; no ceilings are measured here.

@@ -1,4 +1,4 @@
-"""Compiled programs in a directory: a restart finds them, compiles nothing, and what does not fit is said and replaced."""
+"""Compiled programs in a directory: a restart finds them, compiles nothing; what does not fit is said and replaced."""
 
 import concurrent.futures
 import errno
