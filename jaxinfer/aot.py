@@ -76,7 +76,8 @@ class Programs:
         self._lock = threading.Lock()
         self._said: set[str] = set()
 
-    def __len__(self) -> int:
+    @property
+    def num(self) -> int:
         """How many programs were asked for."""
         return len(self._held)
 
@@ -93,12 +94,14 @@ class Programs:
         return self.take(f, *arguments, **static)(*arguments)
 
     def _make(self, key: Any, arguments: tuple[Any, ...], static: dict[str, Any]) -> Compiled:
+        if self.directory is None:
+            return key[0].lower(*arguments, **static).compile()
         f, *rest = key
         told = f"{f.__module__}.{f.__qualname__} {source(f.__module__)} {rest!r}"
-        if self.directory is None:
-            return f.lower(*arguments, **static).compile()
-        if " at 0x" in told or "<" in f.__qualname__:
-            self._say(f"{f.__qualname__} cannot be kept: it, or what is static of it, has no name that lasts")
+        nameless = " at 0x" in told or "<" in f.__qualname__
+        if nameless or jax.process_count() > 1:
+            why = "it, or what is static of it, has no name that lasts" if nameless else "it runs in several processes"
+            self._say(f"{f.__qualname__} cannot be kept: {why}")
             return f.lower(*arguments, **static).compile()
         facts, name = ground(), f"{f.__name__}-{digest(told)}"
         path = self.directory / f"{name}-{digest(repr(facts))}.program"
@@ -120,9 +123,11 @@ class Programs:
     def _compare(self, name: str, facts: dict[str, str]) -> None:
         """Says how the newest program of this name differs, which was made elsewhere."""
         assert self.directory is not None
-        others = sorted(self.directory.glob(f"{name}-*.program"), key=lambda path: path.stat().st_mtime)
-        with contextlib.suppress(OSError, ValueError, IndexError):  # one that is damaged or gone says nothing
-            before = parts(others[-1])[0]["ground"]
+        with contextlib.suppress(OSError, ValueError):  # one that is damaged or gone by now says nothing
+            others = sorted(self.directory.glob(f"{name}-*.program"), key=lambda path: path.stat().st_mtime)
+            if not others:
+                return
+            before = parts(others[-1])[0].get("ground", {})
             differs = [key for key in facts | before if facts.get(key) != before.get(key)]
             what = "; ".join(f"{key} {before.get(key)} there, {facts.get(key)} here" for key in differs)
             self._say(f"the programs in {self.directory} are of another version or machine ({what}): compiled anew")

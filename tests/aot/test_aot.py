@@ -115,7 +115,7 @@ def test_whatever_a_program_depends_on_tells_it_from_others(tmp_path, caplog):
         programs.take(grow, x, y, times=2)
     with jax.default_matmul_precision("float32"):
         programs.take(grow, x, y, times=2)
-    assert len(programs) == len(files(tmp_path)) == 6
+    assert programs.num == len(files(tmp_path)) == 6
     assert lines(caplog) == []
 
 

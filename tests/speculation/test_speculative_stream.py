@@ -62,7 +62,7 @@ def test_a_stream_with_a_draft_says_what_the_plain_stream_says(kind, how):
     )  # fmt: skip
     assert len(flow.compile()) == 3, "the first chunk, the later ones, the loop"
     first = "".join(delta.text for delta in flow if delta.row == 0)
-    assert len(programs) == 3, "every dispatch runs a program that was compiled"
+    assert programs.num == 3, "every dispatch runs a program that was compiled"
     assert (flow.ids, flow.text, flow.finish, first) == plain()
     counts = flow.counts
     assert (counts["rounds"] <= NEW).all() and (counts["accepted"] <= counts["drafted"]).all()
