@@ -1,4 +1,4 @@
-"""One GPU, in under ten minutes: what it copies, decoding of one row as a share of that, and attention by our kernel.
+"""One GPU, meant for ten minutes: what it copies, decoding of one row as a share of that, attention by our kernel.
 
 Decoding reads every weight and what the cache holds once a token: that, a second, is told as a share of the fastest
 copy of the same minute. Attention of one new token a row, alone, over slots and over pages that lie anywhere, by the
