@@ -151,11 +151,11 @@ def test_programs_of_caches_for_an_h200_keep_the_laws(facts, kind):
 @pytest.mark.h200
 @pytest.mark.parametrize("kind", ["dense", "int8", "paged", "paged+int8", "ring:window=1024"])
 def test_programs_for_an_h200_look_at_caches_by_the_kernel(facts, kind):
-    """And no more bytes are moved than lie there, weights and cache, and a tenth."""
+    """And no more bytes are moved than lie there, weights and cache, and 10 MB of what a step holds on the way."""
     told = facts("--model", "tiny", "--cache", kind)
     assert told["attention_kernels"] == 2 * 4, "and one that merges, a layer"
     assert broken_laws_of_a_cache(told) == []
-    assert told["bytes_moved_per_step"] < 1.1 * told["memory"]["argument"]
+    assert told["bytes_moved_per_step"] < told["memory"]["argument"] + 10e6
 
 
 SPECULATING = {
