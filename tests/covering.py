@@ -2,6 +2,8 @@
 
 import itertools
 
+import pytest
+
 
 def covering(cases):
     """Few of the cases, tuples of the same axes, but every pair of values of every two axes that there is."""
@@ -12,3 +14,8 @@ def covering(cases):
         pairs.difference_update(itertools.combinations(enumerate(best), 2))
         chosen.append(best)
     return chosen
+
+
+def in_full(*values):
+    """A case that the default run leaves to `-m full`."""
+    return pytest.param(*values, marks=pytest.mark.full)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import in_full
 
 import jaxinfer
 from jaxinfer import kernels
@@ -30,7 +31,14 @@ KINDS = (
 
 
 @pytest.mark.parametrize(
-    ("kind", "axes"), [*itertools.product(KINDS, ("", "tensor=2")), ("dense", "seq=2")]
+    ("kind", "axes"),
+    [
+        *((kind, "") for kind in KINDS),
+        ("dense", "seq=2"),
+        ("dense", "tensor=2"),
+        ("paged:page=8", "tensor=2"),
+        *(in_full(kind, "tensor=2") for kind in KINDS if kind not in ("dense", "paged:page=8")),
+    ],
 )  # seq splits the dense cache alone
 def test_bits_say_what_numbers_say(kind, axes, on_mesh, monkeypatch):
     params, config = tiny_model(num_heads=4, num_kv_heads=2, width=32, ffn_width=64, vocab_size=64)

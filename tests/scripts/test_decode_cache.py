@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import pytest
+from covering import in_full
 
 from jaxinfer import models
 from jaxinfer.cache import cache_bytes
@@ -26,7 +27,7 @@ def run(decode, tiny, capsys):
     return run
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS[:4], *map(in_full, KINDS[4:])])
 def test_every_kind_of_cache_continues_a_prompt_and_is_reported(run, kind):
     told = json.loads(run("--prompt", "a long enough text", "--cache", kind, "--max-new-tokens", "12", "--temperature",
                           "0", "--json").out.splitlines()[-1])  # fmt: skip
@@ -40,7 +41,7 @@ def test_every_kind_of_cache_continues_a_prompt_and_is_reported(run, kind):
         assert told["ids"] == plain["ids"]
 
 
-@pytest.mark.parametrize("kind", ["paged:page=4+int8", "h2o:budget=8,recent=4", "snapkv:budget=8,window=4"])
+@pytest.mark.parametrize("kind", ["paged:page=4+int8", in_full("h2o:budget=8,recent=4"), "snapkv:budget=8,window=4"])
 def test_a_draft_says_what_the_model_says_over_the_same_cache(run, kind):
     words = ("--prompt", "abcabcabcabcabc", "--cache", kind, "--max-new-tokens", "14", "--temperature", "0", "--json")
     plain, drafted = (json.loads(run(*words, *more).out.splitlines()[-1]) for more in ((), ("--draft", "ngram")))

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from covering import in_full
 
 EIGHT = ("--cpu-devices", "8", "--mesh")
 
@@ -16,7 +17,7 @@ def told(alone, model, *words):
     return alone("--model", model, *WORDS, *words, **({} if "1" in words else AS_USERS_DO))[1]
 
 
-@pytest.mark.parametrize("temperature", ["0", "1"])
+@pytest.mark.parametrize("temperature", [in_full("0"), "1"])
 def test_a_mesh_changes_where_arrays_live_and_nothing_else(alone, tiny, temperature):
     plain, sharded = (
         told(alone, tiny, "--temperature", temperature, *words) for words in ((), (*EIGHT, "data=2,tensor=4"))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import in_full
 
 import jaxinfer
 from jaxinfer import models
@@ -127,7 +128,7 @@ def test_a_draft_goes_on_as_its_model_would(kind, new):
             assert guess == scores.argmax(), (row, i)
 
 
-@pytest.mark.parametrize("kind", ["model", "layers", "head"])
+@pytest.mark.parametrize("kind", [in_full("model"), "layers", "head"])
 def test_a_tree_holds_the_best_that_its_model_would_go_on_with_behind_every_node(kind):
     config, result = target()[1], after(kind, 6)
     nodes = proposed(kind, result, TREE, config)

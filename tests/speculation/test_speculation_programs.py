@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from covering import in_full
 
 from jaxinfer import cache as caches
 from jaxinfer import models, program
@@ -25,11 +26,11 @@ CONFIG = tiny_config(
     num_layers=2, vocab_size=1009, width=352, ffn_width=832, num_heads=6, num_kv_heads=3, head_width=64
 )
 SMALL = tiny_config(num_layers=1, vocab_size=1009, width=224, ffn_width=544, num_heads=5, num_kv_heads=5, head_width=32)
-SHAPES = {"model": ("chain", "tree", "adaptive"), "head": ("tree",), "layers": ("adaptive",), "ngram": ("chain",)}
+USUAL = {"model": "adaptive", "head": "tree", "layers": "chain", "ngram": "chain"}
 CASES = [
-    pytest.param(draft, shape, marks=() if shape in usual else pytest.mark.full)
-    for draft, usual in SHAPES.items()
-    for shape in SHAPES["model"]
+    (draft, shape) if shape == usual else in_full(draft, shape)
+    for draft, usual in USUAL.items()
+    for shape in ("chain", "tree", "adaptive")
     if draft != "ngram" or shape != "tree"
 ]
 

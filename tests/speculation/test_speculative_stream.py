@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import in_full
 
 import jaxinfer
 from jaxinfer import models, speculation
@@ -52,7 +53,7 @@ def sampling():
 
 
 @pytest.mark.parametrize(("kind", "how"), [
-    ("ngram", {}), ("model", {"cost": 0.2}), ("itself", {}), ("head", {"tree": (2, 2)}), ("layers", {}),
+    ("ngram", {}), ("model", {"cost": 0.2}), ("head", {"tree": (2, 2)}), in_full("itself", {}), in_full("layers", {}),
 ])  # fmt: skip
 def test_a_stream_with_a_draft_says_what_the_plain_stream_says(kind, how):
     programs = Programs()
@@ -71,7 +72,7 @@ def test_a_stream_with_a_draft_says_what_the_plain_stream_says(kind, how):
         assert counts["rounds"].max() <= 1 + 2 * -(-(NEW - 1) // 5)
 
 
-@pytest.mark.parametrize("kind", ["itself", "ngram"])
+@pytest.mark.parametrize("kind", [in_full("itself"), "ngram"])
 def test_a_stop_string_ends_a_row_at_the_same_place(kind):
     text = plain()[1]
     stop = (text[0][9:11], text[1][14:16])
@@ -84,7 +85,7 @@ def test_a_stop_string_ends_a_row_at_the_same_place(kind):
     assert "stop" in flow.finish
 
 
-@pytest.mark.parametrize("kind", ["model", "head", "ngram"])
+@pytest.mark.parametrize("kind", [in_full("model"), "head", "ngram"])
 def test_a_conversation_goes_on_from_the_state_of_a_stream(kind):
     params, config, tokenizer = target()
     whole = jaxinfer.stream(params, config, tokenizer, ["hello"], max_new_tokens=9, size=64)
