@@ -1,9 +1,10 @@
 """Attention on the CPU, of few queries to a cache: XLA's own reads all that is allocated, and codes as floats first.
 
-The kernel (csrc/attend.h) reads the slots that some query of the row sees, each once, in the form in which it lies.
-Scores, softmax and sums are float32; queries are not rounded, and weights are where queries and the cache are both
-bfloat16 (as the plain form rounds them). A query has the same bits alone and among any others, whatever the number of
-rows, queries and threads.
+The kernel (csrc/attend.h) reads the slots that some query sees, each once, in the form in which it lies: in a row, or
+in pages of a pool. Scores, softmax and sums are float32, and what is float32 is not rounded. Queries of bfloat16 meet a
+cache of it with weights that are rounded to it, as in the plain form. They meet int8 as integers of 16 bits, which
+their weights become too, times the largest of a query and of a block: finer than bfloat16, and summed exactly. A query
+has the same bits alone and among any others, whatever the number of rows, queries and threads.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ def attend(
 ) -> jax.Array:
     """q [B, T, N, H] at `position` [B, T] int32, over what is kept: [B, T, N, H] float32. The bare kernel.
 
-    q: float32; or bfloat16, and then weights may be rounded to it where the cache is of it too. A query that sees
+    q: float32; or bfloat16, and then weights may be rounded to it where the cache is no float32. A query that sees
     nothing (a position past all slots) gives zeros. isa, threads, RuntimeError: as `products.linear`.
     """
     demand()
     more = [*(kept.scales or ()), *(x for x in (kept.slot, kept.table) if x is not None)]
     call = jax.ffi.ffi_call(ATTENTION, jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential")
-    half = q.dtype == jnp.bfloat16 and kept.k.dtype in (jnp.bfloat16, jnp.uint16)
+    half = q.dtype == jnp.bfloat16 and kept.k.dtype != jnp.float32
     return call(
         q.astype(jnp.float32), kept.k, kept.v, position, *more,
         scale=np.float32(rule.scale), cap=np.float32(rule.softcap or 0), window=np.int64(rule.window or 0),

@@ -1,7 +1,5 @@
 """A cache in bfloat16, kept as numbers or by their bits: the same to all who read it."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np

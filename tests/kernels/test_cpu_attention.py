@@ -68,6 +68,19 @@ def test_queries_of_bfloat16_meet_a_cache_of_it_as_in_its_plain_twin(shape, isa)
 
 
 @EVERY_ISA
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_queries_of_bfloat16_meet_codes_as_nearly_as_they_meet_numbers(shape, isa):
+    q, position, source = arrays(shape, "int8")
+    q = q.astype(jnp.bfloat16)
+    for rule in RULES:
+        spec = spec_of(shape, **rule)
+        got = attend(q, position, source.kept, rule_of(spec), isa)
+        exact = plain(q.astype(jnp.float32), position, source, spec)
+        weighed = plain(q.astype(jnp.float32), position, source.replace(v=Plain(jnp.abs(source.v.decode()))), spec)
+        assert (np.abs(got - exact) <= 2**-10 * weighed + 2e-6).all(), "a quarter of what rounding to bfloat16 costs"
+
+
+@EVERY_ISA
 def test_slots_in_any_order_and_sinks_are_looked_at(isa):
     shape = (3, 2, 4, 2, 70, 12)
     q, position, source = arrays(shape)
@@ -82,7 +95,7 @@ def test_slots_in_any_order_and_sinks_are_looked_at(isa):
 
 
 @EVERY_ISA
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "all bfloat16"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "all bfloat16", "all int8"])
 def test_pages_anywhere_in_a_pool_give_the_bits_of_slots_in_a_row(isa, form):
     shape = (4, 3, 6, 2, 1090, 20)
     q, position, source = arrays(shape, form.removeprefix("all "))
@@ -98,7 +111,7 @@ def test_pages_anywhere_in_a_pool_give_the_bits_of_slots_in_a_row(isa, form):
 
 
 @EVERY_ISA
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "all bfloat16"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "all bfloat16", "all int8"])
 def test_a_query_has_the_same_bits_alone_and_in_any_company(isa, form):
     shape = (3, 4, 6, 2, 1500, 24)
     q, position, source = arrays(shape, form.removeprefix("all "))
@@ -166,11 +179,11 @@ def uses_the_kernel(kind="dense", T=1, dtype=None, choice=None):
 
 
 def test_it_is_taken_for_few_queries_and_caches_that_it_can_read():
-    for kind in ("dense", "int8", "ring:window=8", "ring:window=8+int8"):
+    for kind in ("dense", "int8", "ring:window=8", "ring:window=8+int8", "paged:page=8", "paged:page=4+int8"):
         assert uses_the_kernel(kind)
     assert uses_the_kernel(T=FEW) and not uses_the_kernel(T=FEW + 1)
     assert uses_the_kernel(dtype="bfloat16") and not uses_the_kernel(dtype="float16")
-    assert not uses_the_kernel("float8") and not uses_the_kernel("paged:page=8")
+    assert not uses_the_kernel("float8") and not uses_the_kernel("paged:page=6")
     assert not uses_the_kernel(choice=KernelChoice(attention="reference"))
 
 

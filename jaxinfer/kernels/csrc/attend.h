@@ -32,9 +32,32 @@ void put(float* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Slots whose scores are made together: the pieces of them that lie side by side, and the scales of codes.
+struct Piece {
+  int64_t start, n, place;
+};
+
+struct Block {
+  int64_t n = 0;
+  int count = 0;
+  Piece piece[SLOTS / FOUR];
+  float k_scale[SLOTS] = {}, v_scale[SLOTS] = {};
+
+  Block(const Attention& a, int64_t b, int64_t h, int64_t first, int64_t end) {
+    for (int64_t most = least(SLOTS, end - first); n < most; count++) {
+      piece[count] = {n, least(most - n, a.together(first + n)), a.place(b, h, first + n)};
+      for (int64_t i = 0; a.k_scale && i < piece[count].n; i++) {
+        k_scale[n + i] = a.k_scale[piece[count].place + i];
+        v_scale[n + i] = a.v_scale[piece[count].place + i];
+      }
+      n += piece[count].n;
+    }
+  }
+};
+
 // How queries and weights meet keys and values of any form: as floats. Another way says the same: Query, what a query is
 // made of when it is ready; MANY, queries whose sums fit the registers; width, of a ready query and of sums, for H
-// numbers; place, where in its sum the value i lies; ready, scores, values.
+// numbers; place, where in its sum the value i lies; ready, which gives the factor of its scores; scores, values.
 template <class T>
 struct Floats {
   using Query = float;
@@ -45,8 +68,9 @@ struct Floats {
 
   static int64_t width(int64_t H) { return parts(H, WIDTH) * WIDTH; }
   static int64_t place(int64_t i) { return i; }
-  static void ready(const float* from, int64_t H, float* to) {
+  static float ready(const float* from, int64_t H, float* to) {
     for (int64_t i = 0; i < width(H); i++) to[i] = i < H ? from[i] : 0;
+    return 1;
   }
 
   // Of R queries and n slots. Meanwhile it asks memory for their values and for as many keys that come next, unless that
@@ -78,31 +102,35 @@ struct Floats {
     }
   }
 
-  // Adds the values of n slots, each with its weight, to R sums: C vectors of them; `rest` numbers, if it is not 0.
+  // Adds the values of a block, each with its weight, to R sums: C vectors of them; `rest` numbers, if it is not 0.
   template <int R, int C>
-  static void weighted(const float* weights, const Elem* v, int64_t n, int64_t H, int rest, float* sums) {
+  static void weighted(const float* weights, const Elem* v, const Block& block, int64_t H, int rest, float* sums) {
     V sum[R][C], part[C];
     EACH(r, R) EACH(c, C) sum[r][c] = vector<V>(sums + r * width(H) + c * WIDTH);
-    for (int64_t s = 0; s < n; s++) {
-      if (rest) {
-        part[0] = T::load_part(v + s * H, rest);
-      } else {
-        EACH(c, C) part[c] = T::load(v + s * H + c * WIDTH);
-      }
-      EACH(r, R) {
-        V weight = T::all(weights[r * SLOTS + s]);
-        EACH(c, C) sum[r][c] = T::step(sum[r][c], weight, part[c]);
+    for (int i = 0; i < block.count; i++) {
+      const Piece& own = block.piece[i];
+      const Elem* from = v + own.place * H;
+      for (int64_t s = 0; s < own.n; s++) {
+        if (rest) {
+          part[0] = T::load_part(from + s * H, rest);
+        } else {
+          EACH(c, C) part[c] = T::load(from + s * H + c * WIDTH);
+        }
+        EACH(r, R) {
+          V weight = T::all(weights[r * SLOTS + own.start + s]);
+          EACH(c, C) sum[r][c] = T::step(sum[r][c], weight, part[c]);
+        }
       }
     }
     EACH(r, R) EACH(c, C) put<V>(sums + r * width(H) + c * WIDTH, sum[r][c]);
   }
 
   template <int R>
-  static void values(const float* weights, const Elem* v, int64_t n, int64_t H, float* sums) {
+  static void values(const float* weights, const Elem* v, const Block& block, int64_t H, float* sums) {
     int64_t i = 0;
-    for (; i + 4 * WIDTH <= H; i += 4 * WIDTH) weighted<R, 4>(weights, v + i, n, H, 0, sums + i);
-    for (; i + WIDTH <= H; i += WIDTH) weighted<R, 1>(weights, v + i, n, H, 0, sums + i);
-    if (i < H) weighted<R, 1>(weights, v + i, n, H, int(H - i), sums + i);
+    for (; i + 4 * WIDTH <= H; i += 4 * WIDTH) weighted<R, 4>(weights, v + i, block, H, 0, sums + i);
+    for (; i + WIDTH <= H; i += WIDTH) weighted<R, 1>(weights, v + i, block, H, 0, sums + i);
+    if (i < H) weighted<R, 1>(weights, v + i, block, H, int(H - i), sums + i);
   }
 };
 
@@ -142,43 +170,16 @@ struct Attend {
     return x < 0.0f ? -y : y;
   }
 
-  // Scores and weights are of whole blocks; those of a last piece may be looked at, and are of none, up to a block more.
   static size_t scratch(const Attention& a) {
-    return size_t(a.queries() * (2 * P::width(a.H) + SLOTS + 2) + SLOTS) * sizeof(float);
+    return size_t(a.queries() * (2 * P::width(a.H) + SLOTS + 3)) * sizeof(float);
   }
 
-  // What lies side by side of a block of slots.
-  struct Piece {
-    int64_t start, n, place;
-  };
-
-  struct Block {
-    int64_t n = 0;
-    int count = 0;
-    Piece piece[SLOTS / FOUR];
-    float k_scale[SLOTS] = {}, v_scale[SLOTS] = {};
-
-    Block(const Attention& a, int64_t b, int64_t h, int64_t first, int64_t end) {
-      for (int64_t most = least(SLOTS, end - first); n < most; count++) {
-        piece[count] = {n, least(most - n, a.together(first + n)), a.place(b, h, first + n)};
-        if (a.k_scale) copy(a, piece[count]);
-        n += piece[count].n;
-      }
-    }
-
-    void copy(const Attention& a, const Piece& one) {
-      for (int64_t i = 0; i < one.n; i++) {
-        k_scale[one.start + i] = a.k_scale[one.place + i];
-        v_scale[one.start + i] = a.v_scale[one.place + i];
-      }
-    }
-  };
-
   // What the scores [SLOTS] of one query and a block from `first` on are: scaled, capped, and NOTHING where unseen.
-  static void finish(const Attention& a, int64_t b, int32_t position, int64_t first, const Block& block, float* s) {
+  static void finish(const Attention& a, int64_t b, int32_t position, float scale, int64_t first, const Block& block,
+                     float* s) {
     int64_t n = block.n;
     for (int64_t i = 0; i < SLOTS; i += WIDTH) {
-      V x = get(s + i) * a.scale;
+      V x = get(s + i) * scale;
       if (a.k_scale) x = x * get(block.k_scale + i);
       if (a.cap != 0) x = tanh(x / a.cap) * a.cap;
       put(s + i, x);
@@ -195,10 +196,11 @@ struct Attend {
   static void span(const Attention& a, int64_t b, int64_t h, int64_t begin, int64_t end, float* sums, void* scratch) {
     int64_t R = a.queries(), H = P::width(a.H), G = a.N / a.K;
     float *out = (float*)scratch, *weights = out + R * H, *best = weights + R * SLOTS, *total = best + R;
-    Query* q = (Query*)(total + R + SLOTS);
+    float* factor = total + R;
+    Query* q = (Query*)(factor + R);
     const Elem *keys = (const Elem*)a.k, *values = (const Elem*)a.v;
     for (int64_t r = 0; r < R; r++) {
-      P::ready(a.q + ((b * a.T + r % a.T) * a.N + h * G + r / a.T) * a.H, a.H, q + r * H);
+      factor[r] = P::ready(a.q + ((b * a.T + r % a.T) * a.N + h * G + r / a.T) * a.H, a.H, q + r * H);
       for (int64_t i = 0; i < H; i++) out[r * H + i] = 0;
       best[r] = NOTHING, total[r] = 0;
     }
@@ -215,17 +217,13 @@ struct Attend {
         for (; r < R; r++, next = nullptr) P::template scores<1>(q + r * H, k, v, next, own.n, a.H, to + r * SLOTS);
       }
       int64_t r = 0;
-      for (; r < R; r++) finish(a, b, a.position[b * a.T + r % a.T], first, block, weights + r * SLOTS);
+      for (; r < R; r++) finish(a, b, a.position[b * a.T + r % a.T], a.scale * factor[r], first, block, weights + r * SLOTS);
       for (r = 0; r + MANY <= R; r += MANY)
         weigh<MANY>(a, block, H, weights + r * SLOTS, best + r, total + r, out + r * H);
       for (; r < R; r++) weigh<1>(a, block, H, weights + r * SLOTS, best + r, total + r, out + r * H);
-      for (int i = 0; i < block.count; i++) {
-        const Piece& own = block.piece[i];
-        const Elem* v = values + own.place * a.H;
-        const float* by = weights + own.start;
-        for (r = 0; r + MANY <= R; r += MANY) P::template values<MANY>(by + r * SLOTS, v, own.n, a.H, out + r * H);
-        for (; r < R; r++) P::template values<1>(by + r * SLOTS, v, own.n, a.H, out + r * H);
-      }
+      for (r = 0; r + MANY <= R; r += MANY)
+        P::template values<MANY>(weights + r * SLOTS, values, block, a.H, out + r * H);
+      for (; r < R; r++) P::template values<1>(weights + r * SLOTS, values, block, a.H, out + r * H);
     }
     for (int64_t r = 0; r < R; r++) {
       float* to = sums + r * (a.H + 2);

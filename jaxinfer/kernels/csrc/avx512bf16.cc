@@ -30,12 +30,13 @@ struct Pairs {
 
   static int64_t width(int64_t H) { return parts(H, WIDTH) * WIDTH; }
   static int64_t place(int64_t i) { return i / WIDTH * WIDTH + i % 8 / 4 * 16 + i % WIDTH / 8 * 4 + i % 4; }
-  static void ready(const float* from, int64_t H, uint16_t* to) {
+  static float ready(const float* from, int64_t H, uint16_t* to) {
     for (int64_t i = 0; i < width(H); i++) {
       uint32_t bits = 0;
       if (i < H) __builtin_memcpy(&bits, from + i, sizeof bits);
       to[i] = uint16_t(bits >> 16);
     }
+    return 1;
   }
 
   static __m512i row(const uint16_t* p, int64_t i, int64_t H) {
@@ -67,7 +68,7 @@ struct Pairs {
   }
 
   template <int R>
-  static void values(const float* weights, const uint16_t* v, int64_t n, int64_t H, float* sums) {
+  static void values(const float* weights, const uint16_t* v, const Block& block, int64_t H, float* sums) {
     int32_t pair[R][SLOTS / 2];
     EACH(r, R) for (int64_t s = 0; s < SLOTS; s += 16) {
       __m256bh both = _mm512_cvtneps_pbh(_mm512_loadu_ps(weights + r * SLOTS + s));
@@ -77,13 +78,17 @@ struct Pairs {
       __m512 low[R], high[R];
       EACH(r, R) low[r] = _mm512_loadu_ps(sums + r * width(H) + i);
       EACH(r, R) high[r] = _mm512_loadu_ps(sums + r * width(H) + i + 16);
-      for (int64_t s = 0; s < n; s += 2) {
-        __m512i a = row(v + s * H, i, H), b = row(v + least(s + 1, n - 1) * H, i, H);
-        __m512i one = _mm512_unpacklo_epi16(a, b), other = _mm512_unpackhi_epi16(a, b);
-        EACH(r, R) {
-          __m512i weight = _mm512_set1_epi32(pair[r][s / 2]);
-          low[r] = Half::step(low[r], weight, one);
-          high[r] = Half::step(high[r], weight, other);
+      for (int j = 0; j < block.count; j++) {
+        const Piece& own = block.piece[j];
+        const uint16_t* from = v + own.place * H;
+        for (int64_t s = 0; s < own.n; s += 2) {
+          __m512i a = row(from + s * H, i, H), b = row(from + least(s + 1, own.n - 1) * H, i, H);
+          __m512i one = _mm512_unpacklo_epi16(a, b), other = _mm512_unpackhi_epi16(a, b);
+          EACH(r, R) {
+            __m512i weight = _mm512_set1_epi32(pair[r][(own.start + s) / 2]);
+            low[r] = Half::step(low[r], weight, one);
+            high[r] = Half::step(high[r], weight, other);
+          }
         }
       }
       EACH(r, R) _mm512_storeu_ps(sums + r * width(H) + i, low[r]);

@@ -2,6 +2,7 @@
 // integers. It takes one side without sign: w, to which an offset is added that x's own sums take away again. Compiled
 // with -mavx512vnni and the flags of avx512.cc.
 #if defined(__x86_64__)
+#include "attend.h"
 #include "avx512.h"
 
 namespace {
@@ -91,8 +92,116 @@ struct Four : Base {  // four units at once: a sum of eight products is of one u
   }
 };
 
+struct Float : Lanes {
+  static constexpr int WIDTH = 16;
+  static V step(V sum, V x, V w) { return _mm512_fmadd_ps(x, w, sum); }
+};
+
+// Attention where queries are numbers of bfloat16: they, and the weights of a block, become integers of 16 bits times a
+// scale, which is finer than bfloat16 is, and vpdpwssd sums their products with codes exactly, two a lane and step. The
+// codes of two slots are interleaved within 16 bytes, so sums lie in another order.
+struct Words {
+  using Query = int16_t;
+  using Elem = int8_t;
+  static constexpr int64_t WIDTH = 32, LINE = 64;
+  static constexpr int MANY = 4;
+  static constexpr float MOST = 32767;
+
+  static int64_t width(int64_t H) { return parts(H, WIDTH) * WIDTH; }
+  static int64_t place(int64_t i) { return i / WIDTH * WIDTH + i % 16 / 8 * 16 + i % WIDTH / 16 * 8 + i % 8; }
+
+  // n numbers as integers, filled up with zeros to `width`; gives their scale, NaN where one of them is none.
+  static float round(const float* from, int64_t n, int64_t width, int16_t* to) {
+    auto part = [&](int64_t i) {
+      int64_t rest = least(16, n - i);
+      return _mm512_maskz_loadu_ps(rest > 0 ? __mmask16((1u << rest) - 1) : __mmask16(0), from + i);
+    };
+    __m512 most = _mm512_setzero_ps();
+    __mmask16 odd = 0;
+    for (int64_t i = 0; i < width; i += 16) {
+      __m512 x = part(i);
+      odd |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+      most = _mm512_max_ps(most, _mm512_abs_ps(x));
+    }
+    float scale = odd ? __builtin_nanf("") : _mm512_reduce_max_ps(most) / MOST;
+    __m512 inverse = _mm512_set1_ps(scale >= LEAST ? 1 / scale : 0);
+    for (int64_t i = 0; i < width; i += 16) {
+      __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(part(i), inverse));
+      _mm256_storeu_si256((__m256i*)(to + i), _mm512_cvtsepi32_epi16(x));
+    }
+    return scale >= LEAST || odd ? scale : 0;
+  }
+  static float ready(const float* from, int64_t H, int16_t* to) { return round(from, H, width(H), to); }
+
+  static __m256i row(const int8_t* p, int64_t i, int64_t H) {
+    if (i + WIDTH <= H) return _mm256_loadu_si256((const __m256i*)(p + i));
+    return _mm256_maskz_loadu_epi8(__mmask32((1ull << (H - i)) - 1), p + i);
+  }
+
+  template <int R>
+  static void scores(const int16_t* q, const int8_t* k, const int8_t* v, const int8_t* next, int64_t n, int64_t H,
+                     float* to) {
+    for (int64_t s = 0; s < n; s += 4) {
+      const int8_t* from[4];
+      EACH(c, 4) from[c] = k + least(s + c, n - 1) * H;
+      for (int64_t i = s * H; next && i < (s + 4) * H; i += LINE) {
+        __builtin_prefetch(v + i, 0, SECOND_CACHE);
+        __builtin_prefetch(next + i, 0, SECOND_CACHE);
+      }
+      __m512i sum[R][4], part[4];
+      EACH(r, R) EACH(c, 4) sum[r][c] = _mm512_setzero_si512();
+      for (int64_t i = 0; i < H; i += WIDTH) {
+        EACH(c, 4) part[c] = _mm512_cvtepi8_epi16(row(from[c], i, H));
+        EACH(r, R) {
+          __m512i x = _mm512_loadu_si512(q + r * width(H) + i);
+          EACH(c, 4) sum[r][c] = _mm512_dpwssd_epi32(sum[r][c], x, part[c]);
+        }
+      }
+      EACH(r, R) {
+        __m512 whole[4];
+        EACH(c, 4) whole[c] = _mm512_cvtepi32_ps(sum[r][c]);
+        *(F4*)(to + r * SLOTS + s) = Lanes::sum4(whole[0], whole[1], whole[2], whole[3]);
+      }
+    }
+  }
+
+  template <int R>
+  static void values(const float* weights, const int8_t* v, const Block& block, int64_t H, float* sums) {
+    int16_t codes[R][SLOTS];
+    int32_t pair[R][SLOTS / 2];
+    __m512 scale[R];
+    EACH(r, R) scale[r] = _mm512_set1_ps(round(weights + r * SLOTS, SLOTS, SLOTS, codes[r]));
+    __builtin_memcpy(pair, codes, sizeof pair);
+    for (int64_t i = 0; i < H; i += WIDTH) {
+      __m512i low[R], high[R];
+      EACH(r, R) low[r] = high[r] = _mm512_setzero_si512();
+      for (int j = 0; j < block.count; j++) {
+        const Piece& own = block.piece[j];
+        const int8_t* from = v + own.place * H;
+        for (int64_t s = 0; s < own.n; s += 2) {
+          __m256i a = row(from + s * H, i, H), b = row(from + least(s + 1, own.n - 1) * H, i, H);
+          __m512i one = _mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(a, b));
+          __m512i other = _mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(a, b));
+          EACH(r, R) {
+            __m512i weight = _mm512_set1_epi32(pair[r][(own.start + s) / 2]);
+            low[r] = _mm512_dpwssd_epi32(low[r], weight, one);
+            high[r] = _mm512_dpwssd_epi32(high[r], weight, other);
+          }
+        }
+      }
+      EACH(r, R) add(low[r], scale[r], sums + r * width(H) + i);
+      EACH(r, R) add(high[r], scale[r], sums + r * width(H) + i + 16);
+    }
+  }
+
+  static void add(__m512i x, __m512 scale, float* to) {
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), scale, _mm512_loadu_ps(to)));
+  }
+};
+
 }  // namespace
 
+const Attender avx512vnni_attend = Attend<Float, Words>::attender();
 const Kernel avx512vnni_int8 = Linear<Int8<Eight>>::kernel();
 const Kernel avx512vnni_int4 = Linear<Int4<Four>>::kernel();
 #endif
