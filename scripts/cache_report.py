@@ -3,6 +3,7 @@
     python scripts/cache_report.py
     python scripts/cache_report.py --text notes.txt --kinds dense int8 streaming:sinks=4,recent=124 --json
     python scripts/cache_report.py --out benchmarks/cache/builtin
+    python scripts/cache_report.py --shape configs/models/llama-1.1b-bench.toml --kinds int8 --speed-rows 8
 
 Rows of a text are read up to --prompt-length, then token by token up to --length, as in decoding; what each token costs
 the model there is counted, and how far its law is from the one over a dense cache. Evicting kinds get --budget of the
@@ -33,7 +34,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("cache_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="builtin", help="'builtin', a directory, or a hub id")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--shape", type=pathlib.Path, help="a file of configs/models: random weights, of which the speed is measured")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32; of a shape, its own")
     add("--text", type=pathlib.Path, nargs="+", help="files to read; each is a row, or several")
     add("--kinds", nargs="+", metavar="KIND", help="as decode.py --cache has them; dense is always among them")
     add("--rows", type=int, default=16)
@@ -54,6 +56,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--length {args.length} leaves nothing to count after --prompt-length {args.prompt_length}")
     if not 0 < args.budget <= 1:
         parser.error(f"--budget is {args.budget}: give a share of the length, such as 0.2")
+    if args.shape and args.text:
+        parser.error("--shape has random weights, which lose nothing on a --text: give a --model with it")
+    if args.shape and not args.speed_length:
+        parser.error("--shape without a --speed-length leaves nothing to measure")
     return args
 
 
@@ -78,17 +84,59 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of every kind."""
     import jaxinfer
 
-    tokenizer = jaxinfer.Tokenizer(args.model)
-    params, config = jaxinfer.load(args.model, args.dtype)
     kinds = chosen(args)
+    if args.shape:
+        import planning
+
+        config = planning.read_shape(str(args.shape), args.dtype or "auto")
+    else:
+        params, config = jaxinfer.load(args.model, args.dtype or "float32")
     for kind in kinds:  # what cannot be is refused before anything is measured
         jaxinfer.cache.cache_bytes(config, args.rows, args.length, kind)
+        if args.shape and jaxinfer.cache.Kind.read(kind).layout in jaxinfer.cache.EVICTING:
+            raise ValueError(f"{kind} keeps what a text says it should, and --shape has none: measure it with --model")
+    found: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in kinds}
+    if args.shape:
+        params, rows = random_weights(config), None
+    else:
+        rows = lose(args, params, config, found)
+    if args.speed_length:
+        for kind, speed in speeds(args, params, config, rows, kinds).items():
+            found[kind] |= speed
+            print(
+                f"{kind:36} {size(speed['bytes_at_speed_length']):>13} {speed['tokens_per_second']:9.1f} tokens/s, "
+                f"{speed['over_dense']:.2f} of dense ({speed['least']:.2f} to {speed['most']:.2f})"
+            )
+    what = vars(args) | {"text": [path.name for path in args.text] if args.text else "held-out", "out": None}
+    if args.shape:
+        what |= {"text": None, "shape": args.shape.stem, "model": None}
+    return {
+        "benchmark": "every kind of cache: what it keeps, what it loses on a text, how fast it decodes",
+        "settings": what, "kinds": list(found.values()), "hardware": measured.hardware(),
+        "versions": measured.versions(), "date": measured.date(),
+        "command": measured.command("scripts/cache_report.py"),
+    }  # fmt: skip
+
+
+def random_weights(config: Any) -> Any:
+    """Of a shape."""
+    import jax
+
+    import jaxinfer
+
+    return jax.block_until_ready(jaxinfer.models.init_params(config, jax.random.key(0), config.dtype))
+
+
+def lose(args: argparse.Namespace, params: Any, config: Any, found: dict[str, dict[str, Any]]) -> Any:
+    """Adds to what was found of every kind what it loses on the text, whose ids [rows, length] it gives."""
+    import jaxinfer
+
     documents = losses.read(args.text) if args.text else losses.held_out()
+    tokenizer = jaxinfer.Tokenizer(args.model)
     rows, num_bytes = losses.texts(documents, tokenizer, args.rows, args.prompt_length, args.length)
-    found = {kind: {"kind": kind} for kind in kinds}
     print(f"{'kind':36} {'bytes a token':>13} {'bits a byte':>11} {'lost':>7} {'KL':>9}", flush=True)
     laws = None
-    for kind in kinds:
+    for kind in found:
         facts, own = losses.of(params, config, rows, num_bytes, args.prompt_length, kind, laws)
         laws = own if laws is None else laws
         facts["lost"] = facts["bits_per_byte"] / found["dense"].get("bits_per_byte", facts["bits_per_byte"]) - 1
@@ -98,20 +146,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             f" {facts['kl_to_dense']:9.2e}",
             flush=True,
         )
-    if args.speed_length:
-        for kind, speed in speeds(args, params, config, rows, kinds).items():
-            found[kind] |= speed
-            print(
-                f"{kind:36} {size(speed['bytes_at_speed_length']):>13} {speed['tokens_per_second']:9.1f} tokens/s, "
-                f"{speed['over_dense']:.2f} of dense ({speed['least']:.2f} to {speed['most']:.2f})"
-            )
-    what = vars(args) | {"text": [path.name for path in args.text] if args.text else "held-out", "out": None}
-    return {
-        "benchmark": "every kind of cache on one text: what it keeps, what it loses, how fast it decodes",
-        "settings": what, "kinds": list(found.values()), "hardware": measured.hardware(),
-        "versions": measured.versions(), "date": measured.date(),
-        "command": measured.command("scripts/cache_report.py"),
-    }  # fmt: skip
+    return rows
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
@@ -121,7 +156,9 @@ def chosen(args: argparse.Namespace) -> list[str]:
         f"ring:window={budget}", f"streaming:sinks=4,recent={budget - 4}", f"h2o:budget={budget},recent={budget // 2}",
         f"snapkv:budget={max(round(args.budget * args.prompt_length), 40)},window=32",
     ]  # fmt: skip
-    kinds = args.kinds or ["paged", *NUMBERS, "paged+int8", *evicting, f"{evicting[1]}+int8"]
+    kinds = args.kinds or ["paged", *NUMBERS, "paged+int8"]
+    if not args.kinds and not args.shape:
+        kinds += [*evicting, f"{evicting[1]}+int8"]
     return ["dense", *(kind for kind in dict.fromkeys(kinds) if kind != "dense")]
 
 
@@ -136,8 +173,7 @@ def speeds(args: argparse.Namespace, params: Any, config: Any, ids: Any, kinds: 
 
     import jaxinfer
 
-    rng = np.random.default_rng(0)
-    text = rng.choice(ids.reshape(-1), (args.speed_rows, args.speed_length - args.steps - 1)).astype(np.int32)
+    num = args.speed_length - args.steps - 1
     names = [f"dense in {dtype}" for dtype in ("float32", "bfloat16", "float16")] + kinds[1:]
 
     @functools.partial(jax.jit, donate_argnums=1)
@@ -155,8 +191,12 @@ def speeds(args: argparse.Namespace, params: Any, config: Any, ids: Any, kinds: 
     for name in names:
         kind, _, dtype = name.partition(" in ")
         cache = jaxinfer.init_cache(config, args.speed_rows, args.speed_length, kind, dtype=dtype or None)
-        for first in range(0, text.shape[1], 512):
-            _, cache = jaxinfer.prefill(params, config, text[:, first : first + 512], cache)
+        if ids is None:
+            cache = filled(cache, num)
+        else:
+            text = np.random.default_rng(0).choice(ids.reshape(-1), (args.speed_rows, num)).astype(np.int32)
+            for first in range(0, num, 512):
+                _, cache = jaxinfer.prefill(params, config, text[:, first : first + 512], cache)
         if cache.compresses:
             cache = cache.compress(args.steps + 1)
         state[name] = [jnp.zeros(args.speed_rows, jnp.int32), cache]
@@ -180,6 +220,14 @@ def speeds(args: argparse.Namespace, params: Any, config: Any, ids: Any, kinds: 
     return found
 
 
+def filled(cache: Any, num: int) -> Any:
+    """A cache as if `num` tokens had been read: its slots are those of a long text, what they hold is zeros."""
+    import jax.numpy as jnp
+
+    rows = jnp.full(cache.rows, num, jnp.int32)
+    return cache.reserve(cache.step(rows, num)).advance(rows)
+
+
 def plot(path: pathlib.Path, result: dict[str, Any]) -> None:
     """What is lost over what is kept, and how fast each kind decodes."""
     import matplotlib
@@ -187,24 +235,42 @@ def plot(path: pathlib.Path, result: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = result["kinds"]
-    figure, axes = plt.subplots(1, 2, figsize=(13, 0.36 * len(rows) + 2), sharey=True)
-    names = [f"{row['kind']}" for row in rows]
-    where = range(len(rows))
-    axes[0].barh(where, [row["bytes_per_token"] for row in rows], color="tab:blue")
-    for i, row in enumerate(rows):
-        axes[0].text(row["bytes_per_token"], i, f" {row['bits_per_byte']:.4f} bits a byte ({row['lost']:+.2%})",
-                     va="center", fontsize=8)  # fmt: skip
-    axes[0].set(yticks=where, yticklabels=names, xlabel="bytes a token at the end of the text")
-    axes[0].set_xlim(0, 1.6 * max(row["bytes_per_token"] for row in rows))
-    if "over_dense" in rows[0]:
-        axes[1].barh(where, [row["over_dense"] for row in rows], color="tab:green")
-        axes[1].axvline(1, color="black", linewidth=0.8)
-        axes[1].set_xlabel(f"decoding at {result['settings']['speed_length']} tokens, times dense")
-    axes[0].invert_yaxis()
-    figure.suptitle("Kinds of KV cache on held-out text")
+    sides = [
+        draw
+        for fact, draw in (("bytes_per_token", draw_kept), ("over_dense", draw_speed))
+        if fact in result["kinds"][0]
+    ]
+    names = [row["kind"] for row in result["kinds"]]
+    size = 6.5 * len(sides), 0.36 * len(names) + 2
+    figure, axes = plt.subplots(1, len(sides), figsize=size, sharey=True, squeeze=False)
+    for draw, axis in zip(sides, axes[0], strict=True):
+        draw(axis, result)
+    axes[0][0].set(yticks=range(len(names)), yticklabels=names)
+    axes[0][0].invert_yaxis()
+    figure.suptitle(f"Kinds of KV cache, {result['settings']['shape'] or 'on held-out text'}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def draw_kept(axis: Any, result: dict[str, Any]) -> None:
+    """Bytes a token, and what the text loses."""
+    rows = result["kinds"]
+    axis.barh(range(len(rows)), [row["bytes_per_token"] for row in rows], color="tab:blue")
+    for i, row in enumerate(rows):
+        said = f" {row['bits_per_byte']:.4f} bits a byte ({row['lost']:+.2%})"
+        axis.text(row["bytes_per_token"], i, said, va="center", fontsize=8)
+    most = max(row["bytes_per_token"] for row in rows)
+    axis.set(xlabel="bytes a token at the end of the text", xlim=(0, 1.6 * most))
+
+
+def draw_speed(axis: Any, result: dict[str, Any]) -> None:
+    """Tokens a second beside dense, and how far rounds differ."""
+    rows = result["kinds"]
+    found = [row["over_dense"] for row in rows]
+    spread = [[row["over_dense"] - row["least"] for row in rows], [row["most"] - row["over_dense"] for row in rows]]
+    axis.barh(range(len(rows)), found, xerr=spread, color="tab:green", error_kw={"linewidth": 0.8})
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xlabel(f"decoding at {result['settings']['speed_length']} tokens, times dense")
 
 
 if __name__ == "__main__":

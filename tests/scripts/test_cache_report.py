@@ -19,7 +19,8 @@ def report(tiny, tmp_path, capsys):
 
     def report(*words):
         try:
-            code = cache_report.main(cache_report.parse_args(["--model", str(tiny), "--text", str(text), *words]))
+            usual = () if "--shape" in words else ("--model", str(tiny), "--text", str(text))
+            code = cache_report.main(cache_report.parse_args([*usual, *words]))
         except SystemExit as end:
             code = end.code
         out, err = capsys.readouterr()
@@ -43,6 +44,19 @@ def test_kinds_are_compared_on_a_text(report, tmp_path):
     assert all(row["tokens_per_second"] > 0 for row in told["kinds"])
 
 
+def test_of_a_shape_the_speed_is_told_and_nothing_else(report, shape, tmp_path):
+    words = ("--speed-length", "40", "--speed-rows", "2", "--steps", "2", "--rounds", "2", "--json")
+    code, out, _ = report(
+        "--shape", str(shape), "--kinds", "int8", "paged:page=4", *words, "--out", str(tmp_path / "found")
+    )
+    told = json.loads(out.splitlines()[-1])
+    assert code == 0 and (tmp_path / "found.png").stat().st_size > 5_000
+    assert [row["kind"] for row in told["kinds"]] == ["dense", "int8", "paged:page=4"]
+    assert all(row["tokens_per_second"] > 0 and "lost" not in row for row in told["kinds"])
+    code, _, err = report("--shape", str(shape), "--kinds", "h2o:budget=8,recent=4", *words)
+    assert code == 1 and "h2o:budget=8,recent=4 keeps what a text says it should, and --shape has none" in err
+
+
 @pytest.mark.parametrize(
     ("words", "says", "code"),
     [
@@ -52,6 +66,8 @@ def test_kinds_are_compared_on_a_text(report, tmp_path):
         ("--rounds 0", "--rounds is 0", 2),
         ("--length 9999", "no text has 9999 tokens", 1),
         ("--nonsense", "unrecognized arguments", 2),
+        ("--shape a.toml --text b", "--shape has random weights", 2),
+        ("--shape a.toml --speed-length 0", "leaves nothing to measure", 2),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(report, words, says, code):
