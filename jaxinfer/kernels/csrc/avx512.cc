@@ -5,13 +5,7 @@
 
 namespace {
 
-struct Base : Lanes {
-  using X = __m512;
-  static constexpr int WIDTH = 16;
-  static V step(V sum, X x, X w) { return _mm512_fmadd_ps(x, w, sum); }
-};
-
-struct Float : Base {
+struct Float : Sixteen {
   using Elem = float;
   static X load(const float* p) { return _mm512_loadu_ps(p); }
   static X load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
@@ -45,7 +39,7 @@ struct Unit : Lanes {
   }
 };
 
-struct Half : Base {
+struct Half : Sixteen {
   using Elem = uint16_t;
   static X widened(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
   static X load(const uint16_t* p) { return widened(_mm256_loadu_si256((const __m256i*)p)); }

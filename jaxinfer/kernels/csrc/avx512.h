@@ -1,4 +1,4 @@
-// What the two AVX-512 files share: sixteen lanes and their sum.
+// What the AVX-512 files share: sixteen lanes and their sum.
 #pragma once
 
 #include <immintrin.h>
@@ -27,6 +27,12 @@ struct Lanes {
                                 _mm256_castpd_ps(_mm512_extractf64x4_pd(all, 1)));
     return (F4)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   }
+};
+
+struct Sixteen : Lanes {  // numbers of float32
+  using X = __m512;
+  static constexpr int WIDTH = 16;
+  static V step(V sum, X x, X w) { return _mm512_fmadd_ps(x, w, sum); }
 };
 
 }  // namespace

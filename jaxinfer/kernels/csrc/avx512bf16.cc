@@ -15,11 +15,6 @@ struct Half : Lanes {
   static X load_part(const uint16_t* p, int n) { return _mm512_maskz_loadu_epi16(__mmask32((1ull << n) - 1), p); }
 };
 
-struct Float : Lanes {
-  static constexpr int WIDTH = 16;
-  static V step(V sum, V x, V w) { return _mm512_fmadd_ps(x, w, sum); }
-};
-
 // Attention where queries are numbers of bfloat16: a step takes two of their products, or the values of two slots, whose
 // weights are rounded. The words of two rows are interleaved within 16 bytes, so sums lie in another order.
 struct Pairs {
@@ -99,6 +94,6 @@ struct Pairs {
 
 }  // namespace
 
-const Attender avx512bf16_attend = Attend<Float, Pairs>::attender();
+const Attender avx512bf16_attend = Attend<Sixteen, Pairs>::attender();
 const Kernel avx512bf16_bf16 = Linear<Same<Half>>::kernel();
 #endif

@@ -92,11 +92,6 @@ struct Four : Base {  // four units at once: a sum of eight products is of one u
   }
 };
 
-struct Float : Lanes {
-  static constexpr int WIDTH = 16;
-  static V step(V sum, V x, V w) { return _mm512_fmadd_ps(x, w, sum); }
-};
-
 // Attention where queries are numbers of bfloat16: they, and the weights of a block, become integers of 16 bits times a
 // scale, which is finer than bfloat16 is, and vpdpwssd sums their products with codes exactly, two a lane and step. The
 // codes of two slots are interleaved within 16 bytes, so sums lie in another order.
@@ -201,7 +196,7 @@ struct Words {
 
 }  // namespace
 
-const Attender avx512vnni_attend = Attend<Float, Words>::attender();
+const Attender avx512vnni_attend = Attend<Sixteen, Words>::attender();
 const Kernel avx512vnni_int8 = Linear<Int8<Eight>>::kernel();
 const Kernel avx512vnni_int4 = Linear<Int4<Four>>::kernel();
 #endif
