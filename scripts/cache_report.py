@@ -73,8 +73,9 @@ def main(args: argparse.Namespace) -> int:
         return 1
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        plot(args.out.with_suffix(".png"), result)
+        out = args.out.with_suffix("") if args.out.suffix in (".json", ".png") else args.out
+        pathlib.Path(f"{out}.json").write_text(json.dumps(result, indent=1) + "\n")
+        plot(pathlib.Path(f"{out}.png"), result)
     if args.json:
         print(json.dumps(result))
     return 0

@@ -47,10 +47,10 @@ def test_kinds_are_compared_on_a_text(report, tmp_path):
 def test_of_a_shape_the_speed_is_told_and_nothing_else(report, shape, tmp_path):
     words = ("--speed-length", "40", "--speed-rows", "2", "--steps", "2", "--rounds", "2", "--json")
     code, out, _ = report(
-        "--shape", str(shape), "--kinds", "int8", "paged:page=4", *words, "--out", str(tmp_path / "found")
+        "--shape", str(shape), "--kinds", "int8", "paged:page=4", *words, "--out", str(tmp_path / "found.1b")
     )
     told = json.loads(out.splitlines()[-1])
-    assert code == 0 and (tmp_path / "found.png").stat().st_size > 5_000
+    assert code == 0 and (tmp_path / "found.1b.png").stat().st_size > 5_000
     assert [row["kind"] for row in told["kinds"]] == ["dense", "int8", "paged:page=4"]
     assert all(row["tokens_per_second"] > 0 and "lost" not in row for row in told["kinds"])
     code, _, err = report("--shape", str(shape), "--kinds", "h2o:budget=8,recent=4", *words)
