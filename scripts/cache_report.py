@@ -86,21 +86,13 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     import jaxinfer
 
     kinds = chosen(args)
-    if args.shape:
-        import planning
-
-        config = planning.read_shape(str(args.shape), args.dtype or "auto")
-    else:
-        params, config = jaxinfer.load(args.model, args.dtype or "float32")
+    params, config = read_model(args)
     for kind in kinds:  # what cannot be is refused before anything is measured
         jaxinfer.cache.cache_bytes(config, args.rows, args.length, kind)
         if args.shape and jaxinfer.cache.Kind.read(kind).layout in jaxinfer.cache.EVICTING:
             raise ValueError(f"{kind} keeps what a text says it should, and --shape has none: measure it with --model")
     found: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in kinds}
-    if args.shape:
-        params, rows = random_weights(config), None
-    else:
-        rows = lose(args, params, config, found)
+    rows = None if args.shape else lose(args, params, config, found)
     if args.speed_length:
         for kind, speed in speeds(args, params, config, rows, kinds).items():
             found[kind] |= speed
@@ -119,13 +111,17 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def random_weights(config: Any) -> Any:
-    """Of a shape."""
-    import jax
-
+def read_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Params and config of the checkpoint, or of the shape."""
     import jaxinfer
 
-    return jax.block_until_ready(jaxinfer.models.init_params(config, jax.random.key(0), config.dtype))
+    if not args.shape:
+        return jaxinfer.load(args.model, args.dtype or "float32")
+    import loading
+    from settings import Settings
+
+    model = loading.load(Settings(random_weights=str(args.shape), dtype=args.dtype or "auto"))
+    return model.params, model.config
 
 
 def lose(args: argparse.Namespace, params: Any, config: Any, found: dict[str, dict[str, Any]]) -> Any:

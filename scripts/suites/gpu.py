@@ -89,13 +89,13 @@ def shown(lines: Any, told: Callable[[dict[str, Any]], str]) -> Iterator[dict[st
 
 def decoding(args: argparse.Namespace, weights: str) -> dict[str, Any]:
     """Decoding of one row with weights in a form, beside copies of memory."""
-    import decode
+    import loading
     import numpy as np
     import settings
 
     form = None if weights == "bfloat16" else weights
     chosen = settings.Settings(random_weights=str(args.shape), dtype="bfloat16", quantize=form)
-    model = decode.load(chosen)
+    model = loading.load(chosen)
     config = model.config.replace(stop_ids=())
     model = dataclasses.replace(model, config=config)
     batch = argparse.Namespace(input_len=args.input_len, output_len=args.output_len, batch_size=[1], cache="auto")

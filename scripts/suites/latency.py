@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs it, prints some lines a batch size."""
-    import decode
+    import loading
     import settings
 
     from jaxinfer.quantization import parse_form
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         parse_form(args.quantize)  # what it is not is refused before weights are read
     if args.output_len < 2:
         raise ValueError(f"--output-len is {args.output_len}: it must be at least 2, for a time between tokens")
-    model = decode.load(chosen)
+    model = loading.load(chosen)
     model = dataclasses.replace(model, config=model.config.replace(stop_ids=()))
     check(args, model.config)
     math = ceilings.math_of(model.form, model.config.dtype)

@@ -103,14 +103,14 @@ def saved(args: argparse.Namespace, directory: pathlib.Path) -> pathlib.Path:
 
 def save(shape: str, dtype: str, directory: str) -> None:
     """Random weights of a shape, with a tokenizer whose tokens are numbers."""
-    import decode
+    import loading
     import planning
     import settings
     from tokenizers import Tokenizer, models
 
     from jaxinfer.training import export
 
-    model = decode.load(settings.Settings(random_weights=shape, dtype=dtype))
+    model = loading.load(settings.Settings(random_weights=shape, dtype=dtype))
     export.save_huggingface(directory, model.params, planning.read_raw(shape))
     vocab = {str(i): i for i in range(model.config.vocab_size)}
     Tokenizer(models.WordLevel(vocab, unk_token="0")).save(f"{directory}/tokenizer.json")
