@@ -9,6 +9,7 @@ the two is taken:
 
 from jaxinfer.kernels.attention import attended
 from jaxinfer.kernels.choice import KernelChoice, choice, use
+from jaxinfer.kernels.gpu.products import Around, project
 from jaxinfer.kernels.kept import PAST, Kept, Rule
 from jaxinfer.kernels.machine import machine
 from jaxinfer.kernels.memory import cache_dtype, free_memory, host_memory, keeps_bits, packs_int4
@@ -18,6 +19,7 @@ __all__ = [
     "BLOCK",
     "PAST",
     "UNIT",
+    "Around",
     "Kept",
     "KernelChoice",
     "Rule",
@@ -29,5 +31,6 @@ __all__ = [
     "keeps_bits",
     "machine",
     "packs_int4",
+    "project",
     "use",
 ]

@@ -52,7 +52,7 @@ class Keeper(Protocol):
     def kept(self) -> Kept | None: ...
 
 
-KERNELS = {"cpu": attend, "cuda": gpu.attend}  # by the platform of the programs that have them
+KERNELS = {"cpu": attend, "cuda": gpu.attention.attend}  # by the platform of the programs that have them
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))

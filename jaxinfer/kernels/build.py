@@ -7,6 +7,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -31,6 +32,7 @@ UNITS = {  # each instruction set is a file with flags of its own; which one run
     "avx512vnni.cc": (*AVX512, "-mavx512vnni"),
 }
 X86 = ("x86_64", "AMD64")
+CPUINFO = pathlib.Path("/proc/cpuinfo")
 TIMEOUT = 300  # seconds
 
 
@@ -81,8 +83,21 @@ def key(compiler: str) -> str:
 
 
 def units() -> dict[str, tuple[str, ...]]:
-    """The files to compile on this machine, with the flags of each."""
-    return {name: flags for name, flags in UNITS.items() if not flags or platform.machine() in X86}
+    """The files to compile on this machine, with the flags of each: those for AVX-512, which take longest, if it has it."""
+    x86, wide = platform.machine() in X86, has_avx512()
+    known = ("-DJAXINFER_AVX512",) if x86 and wide else ()
+    return {
+        name: (*flags, *known)
+        for name, flags in UNITS.items()
+        if not flags or (x86 and (wide or "-mavx512f" not in flags))
+    }
+
+
+def has_avx512() -> bool:
+    """Whether the processor may: what is not known (Linux lists it) is decided when it runs."""
+    text = CPUINFO.read_text() if CPUINFO.is_file() else ""
+    listed = re.search(r"^flags\s*:(.*)", text, re.M)
+    return listed is None or "avx512f" in listed[1].split()
 
 
 def build(compiler: str, path: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxinfer.kernels import attention, gpu, native, products
 from jaxinfer.kernels.kept import Kept
 
-KERNELS = {"linear": ("auto", "cpu", "reference"), "attention": ("auto", "cpu", "gpu", "reference")}
+KERNELS = {"linear": ("auto", "cpu", "gpu", "reference"), "attention": ("auto", "cpu", "gpu", "reference")}
 Array = jax.Array
 
 
@@ -22,12 +22,14 @@ class KernelChoice:
     """Which kernel each operation takes; `reference` is the plain form of `ops`, which XLA compiles.
 
     "auto" is the kernel for the platform at hand: on the CPU, where it can be built (otherwise one line says why it
-    cannot), and for attention on NVIDIA GPUs. "cpu" and "gpu" insist on that one, and a program that would not have it
-    is an error. In programs for other platforms than the kernel's all are the plain form.
+    cannot), and on NVIDIA GPUs. "cpu" and "gpu" insist on that one, and a program that would not have it is an error
+    (but for products of several rows, which no kernel of ours makes on a GPU). In programs for other platforms than the
+    kernel's all are the plain form.
 
-    linear: products with weights. attention: "cpu", of up to `attention.FEW` queries a row to a cache in float32,
-    bfloat16 or int8 (of more the plain form makes products); "gpu", of any number to one of these or float16, in pages
-    too.
+    linear: products with weights; "gpu", of a lone row in bfloat16 or float16 with weights in the same, together with
+    the norm before and what is added after. attention: "cpu", of up to
+    `attention.FEW` queries a row to a cache in float32, bfloat16 or int8 (of more the plain form makes products);
+    "gpu", of any number to one of these or float16, in pages too.
     """
 
     linear: str = "auto"
@@ -49,6 +51,16 @@ class KernelChoice:
         reason, remedy = unknown(x, *w), "use float32 or bfloat16 for both"
         return products.product if self.taken("linear", "cpu", reason, remedy, x, *w) else None
 
+    def projects(self, x: Array, *weights: Array) -> bool:
+        """Whether the GPU's kernel multiplies rows x [M, I] with weights [O, I], and does what stands around that.
+
+        Only shapes and dtypes are looked at. RuntimeError where linear="gpu" cannot be kept for a lone row of a layer.
+        """
+        if len(x) != 1 or max(map(len, weights)) > gpu.products.MOST:
+            return False
+        remedy = "use bfloat16 or float16 for both"
+        return self.taken("linear", "gpu", gpu.products.unknown(x, *weights), remedy, x, *weights)
+
     def attends(self, q: Array, kept: Kept) -> str | None:
         """The platform whose kernel is to look with q [B, T, N, H] at what is kept, on each device of a mesh, or None.
 
@@ -59,7 +71,7 @@ class KernelChoice:
         few = q.shape[1] <= attention.FEW
         if few and self.taken("attention", "cpu", attention.unknown(kept), remedy, q, kept.k):
             return "cpu"
-        return "cuda" if self.taken("attention", "gpu", gpu.unknown(q, kept), remedy, q, kept.k) else None
+        return "cuda" if self.taken("attention", "gpu", gpu.attention.unknown(q, kept), remedy, q, kept.k) else None
 
     def taken(self, field: str, kernel: str, reason: str | None, remedy: str, *arrays: Array) -> bool:
         """Whether that kernel is; `reason` says why these arrays are not for it. RuntimeError where it must be."""

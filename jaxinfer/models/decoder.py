@@ -66,22 +66,20 @@ def angles(config: ModelConfig, cache: Cache, step: Step) -> Angles:
 def block(
     p: Params, spec: LayerSpec, x: jax.Array, turn: tuple, cache: Cache, index: int, step: Step
 ) -> tuple[jax.Array, Cache]:
-    """Attention and feed-forward, each added to x [B, T, D]."""
-    y = ops.norm(x, p["attention_norm"], spec.norm) if spec.pre_norm else x
-    y, cache = attention(p, spec, y, turn, cache, index, step)
-    x = x + (ops.norm(y, p["attention_post_norm"], spec.norm) if spec.post_norm else y)
-    y = ops.norm(x, p["ffn_norm"], spec.norm) if spec.pre_norm else x
-    y = ops.mlp(y, p, spec)
-    return x + (ops.norm(y, p["ffn_post_norm"], spec.norm) if spec.post_norm else y), cache
+    """Attention and feed-forward, each added to x [B, T, D]: by its last product, unless a norm follows that."""
+    y, cache = attention(p, spec, x, turn, cache, index, step)
+    x = x + ops.norm(y, p["attention_post_norm"], spec.norm) if spec.post_norm else y
+    y = ops.mlp(x, p, spec, p["ffn_norm"] if spec.pre_norm else None, None if spec.post_norm else x)
+    return x + ops.norm(y, p["ffn_post_norm"], spec.norm) if spec.post_norm else y, cache
 
 
 def attention(
     p: Params, spec: LayerSpec, x: jax.Array, turn: tuple, cache: Cache, index: int, step: Step
 ) -> tuple[jax.Array, Cache]:
-    """The attention block of x [B, T, D]; only the cache knows which row a token belongs to."""
-    q = ops.linear(x, p["q"], "BTD,NHD->BTNH", p.get("q_bias"))
-    k = ops.linear(x, p["k"], "BTD,KHD->BTKH", p.get("k_bias"))
-    v = ops.linear(x, p["v"], "BTD,KHD->BTKH", p.get("v_bias"))
+    """The attention block of x [B, T, D], added to it where no norm follows; only the cache knows rows of tokens."""
+    weights, biases = [p[name] for name in "qkv"], [p.get(f"{name}_bias") for name in "qkv"]
+    scale = p["attention_norm"] if spec.pre_norm else None
+    q, k, v = ops.linears(x, weights, ["BTD,NHD->BTNH", *["BTD,KHD->BTKH"] * 2], biases, scale, spec.norm)
     if spec.qk_norm != "none":
         axes, (heads, kv_heads) = 1 if spec.qk_norm == "head" else 2, spec.normed_heads or (q.shape[2], k.shape[2])
         q = ops.norm(q, p["q_norm"], spec.norm, axes, heads / q.shape[2] if axes == 2 else 1.0)
@@ -89,7 +87,8 @@ def attention(
     if turn:
         q, k = ops.rotate(q, *turn), ops.rotate(k, *turn)
     out, cache = cache.attend(index, q, k, v, spec, step)
-    return ops.linear(out, p["o"], "BTNH,DNH->BTD", p.get("o_bias")), cache
+    add = None if spec.post_norm else x
+    return ops.linear(out, p["o"], "BTNH,DNH->BTD", p.get("o_bias"), add=add), cache
 
 
 def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -97,9 +96,8 @@ def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
 
     V counts the rows of the embedding: ids with which a mesh has padded it score -inf.
     """
-    x = ops.norm(hidden, params["norm"], config.norm)
     w = params["embed"] if config.tied else params["head"]
-    score = ops.linear(x, w, "BTD,VD->BTV", dtype=jnp.float32)
+    (score,) = ops.linears(hidden, [w], ["BTD,VD->BTV"], [None], params["norm"], config.norm, dtype=jnp.float32)
     score = score if config.softcap is None else config.softcap * jnp.tanh(score / config.softcap)
     if config.padded_vocab == config.vocab_size:
         return score

@@ -15,12 +15,13 @@ from jaxinfer.ops.attention import (
     spread,
     unfold,
 )
-from jaxinfer.ops.linear import dot, embed, linear
-from jaxinfer.ops.mlp import mlp
+from jaxinfer.ops.linear import dot, embed, linear, linears, unfused
+from jaxinfer.ops.mlp import ACTIVATION, FUSED, mlp
 from jaxinfer.ops.norm import norm
 from jaxinfer.ops.rope import angles, rotate, turn_back
 
 __all__ = [
-    "MASKED", "PAST", "Held", "Look", "Source", "angles", "attend", "attend_blockwise", "attend_kernel", "attend_looks",
-    "dot", "embed", "kept_of", "kernel_for", "linear", "mlp", "norm", "rotate", "spread", "turn_back", "unfold",
+    "ACTIVATION", "FUSED", "MASKED", "PAST", "Held", "Look", "Source", "angles", "attend", "attend_blockwise",
+    "attend_kernel", "attend_looks", "dot", "embed", "kept_of", "kernel_for", "linear", "linears", "mlp", "norm",
+    "rotate", "spread", "turn_back", "unfold", "unfused",
 ]  # fmt: skip

@@ -1,16 +1,51 @@
 """Products of activations with weights, seen with their letters."""
 
+import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxinfer import kernels, mesh
+from jaxinfer.config import NormSpec
+from jaxinfer.ops.norm import norm
 from jaxinfer.quantization import Weight
 
 
-def linear(x: jax.Array, w: jax.Array | Weight, equation: str, bias: jax.Array | None = None, dtype=None) -> jax.Array:
+def linears(
+    x: jax.Array,
+    weights: Sequence[jax.Array | Weight],
+    equations: Sequence[str],
+    biases: Sequence[jax.Array | None],
+    scale: dict[str, Any] | None,
+    spec: NormSpec,
+    dtype=None,
+) -> list[jax.Array]:
+    """Products of the same x [B, T, D] after a norm with `scale`, if there is one: as `linear` makes each.
+
+    For a lone row on a GPU the norm and the products are one kernel, which rounds nothing in between.
+    """
+    outer = [outputs(equation) for equation in equations]
+    if (once := fused(x, weights, outer, scale, spec, dtype=dtype)) is None:
+        x = norm(x, scale, spec) if scale else x
+        return [linear(x, *one, dtype=dtype) for one in zip(weights, equations, biases, strict=True)]
+    made = [y.reshape(*x.shape[:-1], *w.shape[:n]) for y, w, n in zip(once, weights, outer, strict=True)]
+    return [y if bias is None else y + bias.astype(y.dtype) for y, bias in zip(made, biases, strict=True)]
+
+
+def linear(
+    x: jax.Array,
+    w: jax.Array | Weight,
+    equation: str,
+    bias: jax.Array | None = None,
+    dtype=None,
+    add: jax.Array | None = None,
+) -> jax.Array:
     """The product that `equation` names ("BTD,NHD->BTNH"), summed in float32, in `dtype` (that of x unless given).
+
+    add: what it is added to, of the same letters and dtype.
 
     Weights keep the checkpoint's [out, in] order, and are multiplied as that matrix: seen as [N, H, D] XLA:CPU would
     transpose the whole weight first. It is multiplied by the kernel that `kernels.choice()` names, or else plainly;
@@ -18,17 +53,26 @@ def linear(x: jax.Array, w: jax.Array | Weight, equation: str, bias: jax.Array |
     """
     given, out = equation.split("->")
     left, right = given.split(",")
-    outer = sum(letter not in left for letter in right)
+    outer = outputs(equation)
+    if bias is None and (once := fused(x, [w], [outer], add=add, dtype=dtype)) is not None:
+        return once[0].reshape(*x.shape[: x.ndim - len(right) + outer], *w.shape[:outer])
     if isinstance(w, Weight):
         y = coded(x, w, left, right, outer)
     else:
-        matrix = w.reshape(math.prod(w.shape[:outer]), -1)
+        matrix = seen(w, outer)
         rows = x.reshape(-1, matrix.shape[1])
         kernel = kernels.choice().product(rows, matrix)
         y = kernel(plain, False, rows, matrix) if kernel else plain(rows, matrix)
     y = y.astype(dtype or x.dtype).reshape(*x.shape[: x.ndim - len(right) + outer], *w.shape[:outer])
     y = mesh.constrain(y, out)
-    return y if bias is None else y + bias.astype(y.dtype)
+    y = y if bias is None else y + bias.astype(y.dtype)
+    return y if add is None else add + y
+
+
+def outputs(equation: str) -> int:
+    """How many of a weight's first letters the answer has."""
+    left, right = equation.partition("->")[0].split(",")
+    return sum(letter not in left for letter in right)
 
 
 def coded(x: jax.Array, w: Weight, left: str, right: str, outer: int) -> jax.Array:
@@ -42,6 +86,55 @@ def coded(x: jax.Array, w: Weight, left: str, right: str, outer: int) -> jax.Arr
         return y.reshape(*x.shape[: x.ndim - len(inner)], *w.shape[:outer])
 
     return mesh.shard_map(local, (left, w.letters(right)), left[: len(left) - len(inner)] + right[:outer])(x, w)
+
+
+def fused(
+    x: jax.Array,
+    weights: Sequence[jax.Array | Weight],
+    outer: Sequence[int],
+    scale: dict[str, Any] | None = None,
+    spec: NormSpec | None = None,
+    gate: Callable[[jax.Array], jax.Array] | None = None,
+    add: jax.Array | None = None,
+    dtype=None,
+) -> tuple[jax.Array, ...] | None:
+    """x times each weight (of `outer` letters of outputs), [M, O] each, in one kernel; None where there is none.
+
+    scale, spec: of a norm of x before. gate: of two weights, gate(first) * second. add: what a lone one is added to.
+    """
+    if not x.size or (spec is not None and spec.kind != "rms"):
+        return None
+    each = [seen(w, n) for w, n in zip(weights, outer, strict=True) if not isinstance(w, Weight)]
+    if len(each) < len(weights):  # codes, whose few rows XLA multiplies as fast
+        return None
+    rows = x.reshape(-1, each[0].shape[1])
+    if not kernels.choice().projects(rows, *each):
+        return None
+    around = kernels.Around(gate, spec.eps if spec else 0.0, spec.offset if spec else 0.0)
+    twin = functools.partial(unfused, spec=spec, gate=gate, dtype=dtype)
+    added = None if add is None else add.reshape(len(rows), -1)
+    return kernels.project(twin, around, dtype, rows, tuple(each), scale["scale"] if scale else None, added)
+
+
+def unfused(
+    x: jax.Array,
+    weights: tuple[jax.Array, ...],
+    scale: jax.Array | None,
+    add: jax.Array | None,
+    spec: NormSpec | None,
+    gate: Callable[[jax.Array], jax.Array] | None,
+    dtype=None,
+) -> tuple[jax.Array, ...]:
+    """What `fused` says, plainly, one step after the other: x [M, I], weights [O, I]."""
+    x = x if scale is None or spec is None else norm(x, {"scale": scale}, spec)
+    y = [plain(x, w).astype(dtype or x.dtype) for w in weights]
+    y = [gate(y[0]) * y[1]] if gate else y
+    return tuple(y if add is None else [add + y[0]])
+
+
+def seen(w: jax.Array, outer: int) -> jax.Array:
+    """A weight as [O, I], O being its first `outer` letters."""
+    return w.reshape(math.prod(w.shape[:outer]), -1)
 
 
 def plain(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from jaxinfer.config import LayerSpec
-from jaxinfer.ops.linear import linear
+from jaxinfer.ops.linear import fused, linear, linears
 
 ACTIVATION = {
     "silu": jax.nn.silu,
@@ -15,9 +15,28 @@ ACTIVATION = {
 }
 
 
-def mlp(x: jax.Array, p: dict[str, Any], spec: LayerSpec) -> jax.Array:
-    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate. x is [B, T, D]."""
+FUSED = ("silu", "gelu_tanh", "relu")  # which a GPU's kernel works out after two products
+
+
+def mlp(
+    x: jax.Array, p: dict[str, Any], spec: LayerSpec, scale: dict[str, Any] | None = None, add: jax.Array | None = None
+) -> jax.Array:
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate. x is [B, T, D].
+
+    scale: of a norm of x before all else. add: what the answer is added to.
+    """
+    return linear(hidden(x, p, spec, scale), p["down"], "BTF,DF->BTD", p.get("down_bias"), add=add)
+
+
+def hidden(x: jax.Array, p: dict[str, Any], spec: LayerSpec, scale: dict[str, Any] | None) -> jax.Array:
+    """What `down` multiplies: [B, T, F]."""
     activation = ACTIVATION[spec.activation]
-    up = linear(x, p["up"], "BTD,FD->BTF", p.get("up_bias"))
-    hidden = activation(linear(x, p["gate"], "BTD,FD->BTF", p.get("gate_bias"))) * up if spec.gated else activation(up)
-    return linear(hidden, p["down"], "BTF,DF->BTD", p.get("down_bias"))
+    if not spec.gated:
+        return activation(linears(x, [p["up"]], ["BTD,FD->BTF"], [p.get("up_bias")], scale, spec.norm)[0])
+    weights, biases = [p["gate"], p["up"]], [p.get("gate_bias"), p.get("up_bias")]
+    if spec.activation in FUSED and biases == [None, None]:
+        once = fused(x, weights, [1, 1], scale, spec.norm, activation)
+        if once is not None:
+            return once[0].reshape(*x.shape[:-1], -1)
+    gate, up = linears(x, weights, ["BTD,FD->BTF"] * 2, biases, scale, spec.norm)
+    return activation(gate) * up

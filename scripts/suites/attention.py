@@ -183,8 +183,13 @@ def measure(args: argparse.Namespace, shapes: list[tuple[int, int]], dtype: str)
     return reads.beside(lines, took)
 
 
-def attention(args: argparse.Namespace, valid: int, room: int, dtype: str, paged: bool = False) -> Callable[[str], Any]:
-    """A program that looks at a filled cache, layer by layer, with the kernel that it is given."""
+def attention(
+    args: argparse.Namespace, valid: int, room: int, dtype: str, paged: bool = False, codes: str = "float32"
+) -> Callable[[str], Any]:
+    """A program that looks at a filled cache, layer by layer, with the kernel that it is given.
+
+    Queries are of the cache's dtype, or of `codes` where it is int8.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -196,7 +201,7 @@ def attention(args: argparse.Namespace, valid: int, room: int, dtype: str, paged
     drawn = jax.tree.map(filled, shape.layers[0])
     layers = tuple(jax.tree.map(jnp.copy, drawn) for _ in shape.layers)  # sooner than to draw each
     length = jnp.full(args.rows, valid - 1, jnp.int32)
-    queries = "bfloat16" if dtype == "bfloat16" else "float32"  # of a model in that dtype
+    queries = codes if dtype == "int8" else dtype
     q = jax.random.normal(jax.random.key(0), (args.rows, 1, args.heads, args.head_dim), queries)
 
     @functools.partial(jax.jit, static_argnames="kernel")

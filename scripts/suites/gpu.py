@@ -2,27 +2,35 @@
 
 Decoding reads every weight and what the cache holds once a token: that, a second, is told as a share of the fastest
 copy of the same minute. Attention of one new token a row, alone, over slots and over pages that lie anywhere, by the
-kernel and in its plain form, in turns. The weights are random, of any shape.
+kernel and in its plain form, in turns. The weights are random, of any shape. With --peer transformers, its compiled
+step over a static cache decodes as many tokens of the same shape in bfloat16, in turns with ours: both get ready first.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import json
+import os
 import pathlib
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import measured
 
-from suites import attention, latency
+from suites import attention, latency, peers
+from suites.sides import PEERS
+from suites.worker import Worker
 
 SHAPE = pathlib.Path(__file__).parents[2] / "configs" / "models" / "llama-3-8b.toml"
 KERNELS = {"ours": "auto", "plain": "reference"}
 WHERE = {"slots": False, "pages": True}
-COPIES = 20
+COPIES = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,12 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--heads", type=int, default=32)
     add("--kv-heads", type=int, default=8)
     add("--head-dim", type=int, default=128)
-    add("--dtype", nargs="+", default=["bfloat16", "int8"], choices=["float32", "bfloat16", "int8"], help="of caches")
+    add("--dtype", nargs="*", default=["bfloat16", "int8"], choices=["float32", "bfloat16", "int8"], help="of caches")
     add("--rounds", type=int, default=7)
+    add("--peer", type=peers.peer, metavar="transformers[=PYTHON]", help="and the interpreter that has it")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs it, prints a line a measurement."""
+    if args.peer:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # it shares the GPU
     import jax
 
     if jax.default_backend() != "gpu":
@@ -88,7 +99,39 @@ def shown(lines: Any, told: Callable[[dict[str, Any]], str]) -> Iterator[dict[st
 
 
 def decoding(args: argparse.Namespace, weights: str) -> dict[str, Any]:
-    """Decoding of one row with weights in a form, beside copies of memory."""
+    """Decoding of one row with weights in a form, beside copies of memory, and beside a peer that is asked for."""
+    with contextlib.ExitStack() as running:
+        peer = running.enter_context(rival(args)) if args.peer and weights == "bfloat16" else None
+        model, batch, ids = ready(args, weights)
+        reads = measured.reads(measured.READ)
+        took: dict[Any, list[float]] = {name: [] for name in (*reads.ways, "ours", "peer")}
+        for turn in range(args.rounds + 1):
+            one = {"ours": [latency.once(batch, model, ids)["decode"]], "peer": [peer()] if peer else []}
+            one |= measured.seconds(reads.ways, COPIES)
+            for name in took if turn else ():  # the first is for compilers
+                took[name] += one[name]
+    steps, times = args.output_len - 1, took["ours"]
+    work = latency.Work(model.config, model.form, latency.cache_kind(batch, model.config), args.input_len, steps + 1)
+    moved = work.counts(1)["decode"][1]
+    line = {
+        "weights": weights,
+        "ms_per_token": {key: round(value / steps * 1e3, 4) for key, value in measured.spread(times).items()},
+        "tokens_per_second": round(steps / statistics.median(times), 2),
+        "bytes_per_token": round(moved / steps),
+        "gb_per_second": round(moved / statistics.median(times) / 1e9, 2),
+    }
+    if peer:
+        ratios = [theirs / ours for ours, theirs in zip(times, took["peer"], strict=True)]
+        line["peer"] = {
+            "name": args.peer[0],
+            "tokens_per_second": round(steps / statistics.median(took["peer"]), 2),
+            "ratio": measured.spread(ratios),
+        }
+    return reads.beside([line], took)[0]
+
+
+def ready(args: argparse.Namespace, weights: str) -> tuple[Any, argparse.Namespace, Any]:
+    """Our model, what it is to do, and a prompt; compiled."""
     import loading
     import numpy as np
     import settings
@@ -96,30 +139,41 @@ def decoding(args: argparse.Namespace, weights: str) -> dict[str, Any]:
     form = None if weights == "bfloat16" else weights
     chosen = settings.Settings(random_weights=str(args.shape), dtype="bfloat16", quantize=form)
     model = loading.load(chosen)
-    config = model.config.replace(stop_ids=())
-    model = dataclasses.replace(model, config=config)
+    model = dataclasses.replace(model, config=model.config.replace(stop_ids=()))
     batch = argparse.Namespace(input_len=args.input_len, output_len=args.output_len, batch_size=[1], cache="auto")
-    latency.check(batch, config)
-    ids = np.random.default_rng(0).integers(config.vocab_size, size=(1, args.input_len), dtype=np.int32)
-    reads = measured.reads(measured.READ)
-    took: dict[Any, list[float]] = {name: [] for name in reads.ways}
-    times = []
-    for turn in range(args.rounds + 1):
-        one = latency.once(batch, model, ids)["decode"]
-        copied = measured.seconds(reads.ways, COPIES)
-        if turn:  # the first is for compilers
-            times.append(one / (args.output_len - 1))
-            took = {name: took[name] + copied[name] for name in took}
-    work = latency.Work(config, model.form, latency.cache_kind(batch, config), args.input_len, args.output_len)
-    moved = work.counts(1)["decode"][1] / (args.output_len - 1)
-    line = {
-        "weights": weights,
-        "ms_per_token": {key: round(value * 1e3, 4) for key, value in measured.spread(times).items()},
-        "tokens_per_second": round(1 / statistics.median(times), 2),
-        "bytes_per_token": round(moved),
-        "gb_per_second": round(moved / statistics.median(times) / 1e9, 2),
-    }
-    return reads.beside([line], took)[0]
+    latency.check(batch, model.config)
+    ids = np.random.default_rng(0).integers(model.config.vocab_size, size=(1, args.input_len), dtype=np.int32)
+    latency.once(batch, model, ids)
+    return model, batch, ids
+
+
+@contextlib.contextmanager
+def rival(args: argparse.Namespace) -> Iterator[Callable[[], float]]:
+    """A peer's process that gets ready meanwhile; called, it gives the seconds of as many steps, when it is."""
+    import planning
+
+    name, interpreter = args.peer
+    with (
+        tempfile.TemporaryDirectory(prefix="jaxinfer-gpu-") as made,
+        Worker(interpreter, PEERS[name].script, timeout=600) as worker,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        raw = planning.read_raw(str(args.shape))
+        (pathlib.Path(made) / "config.json").write_text(json.dumps(raw))
+
+        def begin() -> None:
+            worker.ask("load", model=made, dtype="bfloat16", threads=os.cpu_count() or 1)
+            prompt = [[i % raw["vocab_size"] for i in range(args.input_len)]]
+            worker.ask("prepare", work="decode", ids=prompt, new_tokens=args.output_len - 1)
+            worker.ask("turn")
+
+        begun = pool.submit(begin)
+
+        def turn() -> float:
+            begun.result()
+            return worker.ask("turn")["seconds"]
+
+        yield turn
 
 
 def told_of_decoding(line: dict[str, Any]) -> str:
@@ -128,6 +182,7 @@ def told_of_decoding(line: dict[str, Any]) -> str:
         f"decode, 1 row, {line['weights']:9} {line['ms_per_token']['median']:8.3f} ms a token, "
         f"{line['tokens_per_second']:.1f} tokens/s, {line['gb_per_second']:.0f} GB/s, "
         f"{line['share_beside']:.2f} of a copy ({line['plain_read']:.0f} GB/s)"
+        + (f"; {line['peer']['name']} {line['peer']['tokens_per_second']:.1f} tokens/s" if "peer" in line else "")
     )
 
 
@@ -139,7 +194,7 @@ def looking(args: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
     runs: dict[Any, Callable[[], object]] = {}
     for valid in args.valid:
         for where, paged in WHERE.items():
-            attend = attention.attention(args, valid, valid, dtype, paged)
+            attend = attention.attention(args, valid, valid, dtype, paged, codes="bfloat16")
             runs |= {(valid, where, kernel): functools.partial(attend, name) for kernel, name in KERNELS.items()}
     reads = measured.reads(measured.READ)
     took = measured.seconds(runs | reads.ways, args.rounds)

@@ -76,6 +76,7 @@ def peer(text: str) -> tuple[str, str]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs it; prints a line a side, and in the end how we stand beside the best peer."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a GPU, which all sides share
     wanted = dict(args.peer or [(name, sys.executable) for name in PEERS])
     with tempfile.TemporaryDirectory(prefix="jaxinfer-peers-") as made:
         files = Files(args, pathlib.Path(made))

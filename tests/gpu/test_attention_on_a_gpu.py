@@ -10,7 +10,8 @@ from attending import CASES, arrays, in_pages, is_the_twin, rule_of, spec_of
 
 import jaxinfer
 from jaxinfer import kernels
-from jaxinfer.kernels import KernelChoice, gpu
+from jaxinfer.kernels import KernelChoice
+from jaxinfer.kernels.gpu import attention as gpu
 from jaxinfer.ops import PAST
 from jaxinfer.testing import tiny_model
 

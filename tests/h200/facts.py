@@ -34,7 +34,7 @@ from jaxinfer.speculation.plan import Plan
 ROWS = 8  # on a mesh
 SIZE = 4096  # positions of the cache
 BUFFER = 128  # new tokens that the loop can give
-OURS = 'custom_call_target="__gpu$xla.gpu.triton"'  # what kernels/gpu.py compiles to: two a layer, or one
+OURS = 'custom_call_target="__gpu$xla.gpu.triton"'  # what kernels/gpu compiles to
 SHAPES = {  # D, F, N, K, H, L, V
     "llama-3-8b": (4096, 14336, 32, 8, 128, 32, 128256),
     "llama-3-70b": (8192, 28672, 64, 8, 128, 80, 128256),

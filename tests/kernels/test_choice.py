@@ -57,7 +57,7 @@ def test_dtypes_that_no_kernel_multiplies_take_the_plain_product():
 
 
 def test_an_unknown_choice_is_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match="linear='fast' names no kernel: the choices are auto, cpu, reference"):
+    with pytest.raises(ValueError, match="linear='fast' names no kernel: the choices are auto, cpu, gpu, reference"):
         KernelChoice(linear="fast")
 
 

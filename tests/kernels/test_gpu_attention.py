@@ -13,7 +13,9 @@ from attending import CASES, arrays, in_pages, is_the_twin, rule_of, spec_of
 
 import jaxinfer
 from jaxinfer import kernels, mesh, models, ops
-from jaxinfer.kernels import Kept, KernelChoice, Rule, attention, gpu
+from jaxinfer.kernels import Kept, KernelChoice, Rule, attention
+from jaxinfer.kernels.gpu import attention as gpu
+from jaxinfer.kernels.gpu import unavailable
 from jaxinfer.ops import PAST
 from jaxinfer.quantization import Plain
 from jaxinfer.testing import tiny_model
@@ -242,7 +244,7 @@ def test_a_gpu_that_triton_does_not_compile_for_has_none(capability, reason):
     class Device:
         platform, compute_capability = "gpu", capability
 
-    told = gpu.unavailable(Device())
+    told = unavailable(Device())
     assert told is None if reason is None else reason in told
 
 

@@ -1,5 +1,6 @@
 """scripts/bench.py gpu: its arithmetic, on tiny shapes and this CPU; without a GPU it says so in one line."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -59,6 +60,18 @@ def test_what_it_tells_adds_up(little, shape, capsys):
         assert line["gb_per_second"] == pytest.approx(moved / line["ms"]["median"] / 1e6, rel=0.1, abs=0.006)
         assert 0 <= line["share_beside"] <= 1 and told["copy"] >= line["plain_read"]
         assert (line["over_plain"] is None) == (line["kernel"] == "plain")
+
+
+def test_a_peer_decodes_as_many_tokens_of_the_same_shape_in_turns(shape, tmp_path, capsys):
+    raw = json.loads(shape.read_text()) | {"hidden_size": 48}  # transformers wants a multiple of the heads
+    shape = tmp_path / "shape.json"
+    shape.write_text(json.dumps(raw))
+    words = [*WORDS, "--weights", "bfloat16", "--dtype", "--peer", "transformers"]
+    (line,) = gpu.measure(bench.parse_args(["gpu", "--shape", str(shape), *words]))["decode"]
+    told, ratio = line["peer"], line["peer"]["ratio"]
+    assert told["name"] == "transformers" and told["tokens_per_second"] > 0
+    assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+    assert f"transformers {told['tokens_per_second']:.1f} tokens/s" in capsys.readouterr().out
 
 
 def test_pages_that_lie_anywhere_hold_what_slots_do():

@@ -16,12 +16,14 @@ constexpr int64_t SMALL_BYTES = 128 * 1024;  // of keys and values, that are rea
 enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
 
 const Attender& choose(int32_t isa, Form form, bool half) {
-#if defined(__x86_64__)
+#if WITH_AVX512
   if (isa >= AVX512BF16 && form == BF16 && half) return avx512bf16_attend;
   if (isa == best_isa() && form == INT8 && half && has_vnni()) return avx512vnni_attend;
   static const Attender* const avx512[] = {&avx512_attend_f32, &avx512_attend_bf16, &avx512_attend_int8};
-  static const Attender* const avx2[] = {&avx2_attend_f32, &avx2_attend_bf16, &avx2_attend_int8};
   if (isa >= AVX512) return *avx512[form];
+#endif
+#if defined(__x86_64__)
+  static const Attender* const avx2[] = {&avx2_attend_f32, &avx2_attend_bf16, &avx2_attend_int8};
   if (isa == AVX2) return *avx2[form];
 #endif
   static const Attender* const portable[] = {&portable_attend_f32, &portable_attend_bf16, &portable_attend_int8};

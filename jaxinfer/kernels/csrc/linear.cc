@@ -18,13 +18,15 @@ enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, ROUNDED8 = 4, ROUND
 constexpr int64_t BITS[] = {32, 16, 8, 4, 8, 4};
 
 const Kernel& choose(int32_t isa, Form form) {
-#if defined(__x86_64__)
+#if WITH_AVX512
   static const Kernel* const avx512[] = {&avx512_f32, &avx512_bf16, &avx512_int8, &avx512_int4};
-  static const Kernel* const avx2[] = {&avx2_f32, &avx2_bf16, &avx2_int8, &avx2_int4};
   if (form == ROUNDED8) return avx512vnni_int8;
   if (form == ROUNDED4) return avx512vnni_int4;
   if (isa == AVX512BF16 && form == BF16) return avx512bf16_bf16;
   if (isa >= AVX512) return *avx512[form];
+#endif
+#if defined(__x86_64__)
+  static const Kernel* const avx2[] = {&avx2_f32, &avx2_bf16, &avx2_int8, &avx2_int4};
   if (isa == AVX2) return *avx2[form];
 #endif
   static const Kernel* const portable[] = {&portable_f32, &portable_bf16, &portable_int8, &portable_int4};

@@ -14,6 +14,12 @@
 #include <immintrin.h>
 #endif
 
+#if defined(JAXINFER_AVX512)  // its files are compiled too
+#define WITH_AVX512 1
+#else
+#define WITH_AVX512 0
+#endif
+
 namespace {
 
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3 };
@@ -23,7 +29,7 @@ int32_t best_isa() {
   static const int32_t best = [] {
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    bool avx512 = WITH_AVX512 && avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl");
     if (avx512 && __builtin_cpu_supports("avx512bf16")) return AVX512BF16;
     return avx512 ? AVX512 : avx2 ? AVX2 : PORTABLE;

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.kernels.gpu.tiles import load, power, product, split, store
 from jaxinfer.kernels.kept import PAST, Kept, Rule
 
 NOTHING = -1e30  # the score of what is not seen: finite, so that differences are numbers
@@ -24,7 +25,6 @@ TILE = 64  # queries of a program, unless those of one token are more
 SHARE = 256  # slots that are worth a program of their own
 PROGRAMS = 256  # that a row is cut into at most: two for each processor of a large GPU
 BLOCK = 1 << 14  # bytes of keys that are read at once: with values, two or three stages fit a small GPU's 99 KB
-OLDEST = "8.0"  # compute capability for which Triton compiles products
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -75,11 +75,6 @@ class Plan(NamedTuple):
         return B * K * self.tiles * self.shares
 
 
-def power(size: int) -> int:
-    """The next power of two, at least the 16 that a product takes."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def meeting(q: jax.Array, kept: Kept) -> jnp.dtype:
     """The dtype in which queries meet keys."""
     return jnp.promote_types(q.dtype, kept.dtype) if kept.scales is None else q.dtype
@@ -96,15 +91,6 @@ def unknown(q: jax.Array, kept: Kept) -> str | None:
     if kept.scales is not None and 1 << 31 < kept.k.size <= 1 << 32:
         return "it cannot count to the end of codes of 2 to 4 GiB"
     return None
-
-
-def unavailable(device: Any) -> str | None:
-    """Why programs for such a device cannot have the kernel, or None if they can."""
-    if device.platform != "gpu":
-        return f"programs here are for a {device.platform}"
-    capability = getattr(device, "compute_capability", OLDEST)  # which a device that is not there does not say
-    known = capability[0].isdigit() and float(capability) >= float(OLDEST)
-    return None if known else f"this GPU is of compute capability {capability}"
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "interpret"))  # traced once for all layers
@@ -233,11 +219,6 @@ def placed(plan: Plan, table: Any, row: jax.Array, head: jax.Array, index: jax.A
     return ((split(row, B // D)[0] * P + page) * K + head) * Z + offset
 
 
-def split(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """x // size and x % size of what is not negative, in one instruction each."""
-    return jax.lax.div(x, jnp.int32(size)), jax.lax.rem(x, jnp.int32(size))
-
-
 def vectors(ref: Any, at: jax.Array, mask: jax.Array, width: int) -> jax.Array:
     """Vectors of a line, [s, width]; zeros where there is no mask, and past their own width."""
     where, there = cells(at, mask, width, ref.shape[1])
@@ -248,26 +229,3 @@ def cells(at: jax.Array, mask: jax.Array, width: int, H: int) -> tuple[tuple[jax
     """The (line, column) of what vectors consist of, filled up to [s, width], and which of it there is."""
     column = jnp.arange(width)
     return (at[:, None], column[None]), mask[:, None] if width == H else mask[:, None] & (column < H)
-
-
-def load(ref: Any, where: tuple[Any, ...], mask: jax.Array, other: int | float = 0) -> jax.Array:
-    """What lies there; `other` where there is no mask."""
-    from jax.experimental.pallas import triton
-
-    at = tuple(jnp.broadcast_arrays(*where))
-    return triton.load(ref.at[at], mask=jnp.broadcast_to(mask, at[0].shape), other=other)
-
-
-def store(ref: Any, where: tuple[Any, ...], mask: jax.Array, x: jax.Array) -> None:
-    """Puts x there."""
-    from jax.experimental.pallas import triton
-
-    at = tuple(jnp.broadcast_arrays(*where))
-    triton.store(ref.at[at], x.astype(ref.dtype), mask=jnp.broadcast_to(mask, x.shape))
-
-
-def product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-    """x [r, i] times y along one of its axes, in float32: of float32 exactly (no TF32)."""
-    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dims = (((1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(x, y, dims, precision=exact, preferred_element_type=jnp.float32)
