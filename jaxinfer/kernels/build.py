@@ -83,7 +83,7 @@ def key(compiler: str) -> str:
 
 
 def units() -> dict[str, tuple[str, ...]]:
-    """The files to compile on this machine, with the flags of each: those for AVX-512, which take longest, if it has it."""
+    """The files to compile on this machine, with the flags of each: those for AVX-512 take longest, if it has it."""
     x86, wide = platform.machine() in X86, has_avx512()
     known = ("-DJAXINFER_AVX512",) if x86 and wide else ()
     return {

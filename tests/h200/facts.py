@@ -134,7 +134,7 @@ def speculating(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]
         "memory": program.temporaries(compiled),
         "cache_bytes": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in target),
         "draft_cache_bytes": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in held),
-        "attention_kernels": compiled.as_text().count(OURS),
+        "attention_kernels": ours(compiled, "attention"),
         "loops_at_the_top": [loop.trip_count for loop in program.while_loops(compiled)],
         "copies_in_the_loop": [str(copy) for copy in program.copies(compiled, shapes) if copy.loop],
         "writes_in_the_loop": [str(write) for write in program.writes(compiled, shapes) if write.loop],
@@ -174,7 +174,7 @@ def keeping(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
         "writes_of_the_cache": [str(write) for write in program.writes(compiled, large | whole) if write.loop],
         "largest_write": max((write.bytes for write in program.writes(compiled) if write.loop), default=0),
         "kernels_per_step": sum(launched(compiled).values()),
-        "attention_kernels": compiled.as_text().count(OURS),
+        "attention_kernels": ours(compiled, "attention"),
         "bytes_moved_per_step": program.bytes_moved(compiled, loop, cheapest=True),
         "host_callbacks": compiled.as_text().count("callback"),
     }
@@ -236,7 +236,7 @@ def described(config: ModelConfig, args: argparse.Namespace, devices: Any) -> di
         "collectives_per_step": [row for row in program.collectives(compiled, cheapest=True) if row["loop"]],
         "collectives_before_and_after": [row for row in program.collectives(compiled, True) if not row["loop"]],
         "kernels_per_step": sum(launched(compiled).values()),
-        "attention_kernels": compiled.as_text().count(OURS),
+        "attention_kernels": ours(compiled, "attention"),
     }
 
 
@@ -273,7 +273,8 @@ def describe(kind: str, config: ModelConfig, rows: int, keep_cache: bool, form: 
         "writes_of_weights_or_cache": [str(write) for write in program.writes(compiled, matrices)],
         "loops": [{"trip_count": loop.trip_count, "state_bytes": loop.bytes} for loop in program.while_loops(compiled)],
         "kernels_per_step": sum(launched(compiled).values()),
-        "attention_kernels": compiled.as_text().count(OURS),
+        "attention_kernels": ours(compiled, "attention"),
+        "product_kernels": ours(compiled, "product"),
         "kernels_by_opcode": launched(compiled),
         "kernels_per_layer": (sum(launched(compiled).values()) - sum(launched(fewer).values())) / len(half.layers),
         "bytes_moved_per_step": moved,
@@ -306,6 +307,11 @@ def per_step(compiled: jax.stages.Compiled) -> int:
 def launched(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Kernels of one step; rare branches not taken."""
     return program.kernels(compiled, decode_loop(compiled), cheapest=True)
+
+
+def ours(compiled: jax.stages.Compiled, name: str) -> int:
+    """How many of its kernels are of ours with a name."""
+    return sum(OURS in line and f"/{name}/pallas_call" in line for line in compiled.as_text().splitlines())
 
 
 def decode_loop(compiled: jax.stages.Compiled) -> program.Loop | None:
