@@ -184,9 +184,15 @@ def measure(args: argparse.Namespace, shapes: list[tuple[int, int]], dtype: str)
 
 
 def attention(
-    args: argparse.Namespace, valid: int, room: int, dtype: str, paged: bool = False, codes: str = "float32"
+    args: argparse.Namespace,
+    valid: int,
+    room: int,
+    dtype: str,
+    paged: bool = False,
+    codes: str = "float32",
+    turns: int = 1,
 ) -> Callable[[str], Any]:
-    """A program that looks at a filled cache, layer by layer, with the kernel that it is given.
+    """A program that looks at a filled cache, layer by layer, with the kernel that it is given, so many times.
 
     Queries are of the cache's dtype, or of `codes` where it is int8.
     """
@@ -208,9 +214,13 @@ def attention(
     def program(q: Any, layers: Any, length: Any, pages: Any, kernel: str) -> Any:
         held = shape.replace(layers=layers, length=length, pages=pages)
         step = held.step(jnp.ones(args.rows, jnp.int32), 1)
-        with kernels.use(kernels.KernelChoice(attention=kernel)):
+
+        def once(_: Any, q: Any) -> Any:
             for each in layers:
                 q = look(q, [each.source(step.end, pages)], spec, step)
-        return q
+            return q
+
+        with kernels.use(kernels.KernelChoice(attention=kernel)):
+            return once(0, q) if turns == 1 else jax.lax.fori_loop(0, turns, once, q)
 
     return functools.partial(program, q, layers, length, pages)

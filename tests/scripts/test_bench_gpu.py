@@ -28,6 +28,7 @@ WORDS = (
 def few_layers(monkeypatch):
     monkeypatch.setattr(attention, "DISTINCT", 1 << 12)
     monkeypatch.setattr(gpu, "COPIES", 2)
+    monkeypatch.setattr(gpu, "TURNS", 3)
 
 
 def test_without_a_gpu_it_is_one_line():
