@@ -13,20 +13,20 @@ constexpr int64_t SMALL_BYTES = 256 * 1024;  // of w, and
 constexpr int64_t SMALL_WORK = 1 << 20;      // multiplications, that are done before a second thread wakes up
 constexpr int64_t FEW_ROWS = 32;             // the time goes into reading w
 
-// What w is kept in.
+// What w is kept in; and x in codes too.
 enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, ROUNDED8 = 4, ROUNDED4 = 5 };
 constexpr int64_t BITS[] = {32, 16, 8, 4, 8, 4};
 
 const Kernel& choose(int32_t isa, Form form) {
 #if WITH_AVX512
   static const Kernel* const avx512[] = {&avx512_f32, &avx512_bf16, &avx512_int8, &avx512_int4};
-  if (form == ROUNDED8) return avx512vnni_int8;
-  if (form == ROUNDED4) return avx512vnni_int4;
+  if (form >= ROUNDED8 && isa > AVX2 && has_vnni()) return form == ROUNDED8 ? avx512vnni_int8 : avx512vnni_int4;
+  if (form >= ROUNDED8) isa = AVX2;
   if (isa == AVX512BF16 && form == BF16) return avx512bf16_bf16;
   if (isa >= AVX512) return *avx512[form];
 #endif
 #if defined(__x86_64__)
-  static const Kernel* const avx2[] = {&avx2_f32, &avx2_bf16, &avx2_int8, &avx2_int4};
+  static const Kernel* const avx2[] = {&avx2_f32, &avx2_bf16, &avx2_int8, &avx2_int4, &avx2_rounded8, &avx2_rounded4};
   if (isa == AVX2) return *avx2[form];
 #endif
   static const Kernel* const portable[] = {&portable_f32, &portable_bf16, &portable_int8, &portable_int4};
@@ -123,7 +123,7 @@ ffi::Error coded(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w
         "codes take x [M, I], w [O, I] and scale [O]; or w [O, I / 2] and scale [O, I / g], g a multiple of 32");
   Product p{x.untyped_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0], scale.untyped_data(), group};
   if (!dynamic) return multiply(pool, p, int8 ? INT8 : INT4, isa, threads);
-  if (has_vnni() && (isa < 0 || isa > AVX512)) return multiply(pool, p, int8 ? ROUNDED8 : ROUNDED4, isa, threads);
+  if ((isa < 0 ? best_isa() : isa) >= AVX2) return multiply(pool, p, int8 ? ROUNDED8 : ROUNDED4, isa, threads);
   std::unique_ptr<float[]> codes(new (std::nothrow) float[p.rows * p.inner]);
   if (!codes) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "linear found no memory for rounded rows");
   rounded((const float*)p.x, codes.get(), p.rows, p.inner);

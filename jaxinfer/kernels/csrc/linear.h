@@ -32,7 +32,7 @@ constexpr int UNIT = 32;    // codes of four bits lie together: the first half i
 
 extern const Kernel portable_f32, portable_bf16, portable_int8, portable_int4;
 #if defined(__x86_64__)
-extern const Kernel avx2_f32, avx2_bf16, avx2_int8, avx2_int4;
+extern const Kernel avx2_f32, avx2_bf16, avx2_int8, avx2_int4, avx2_rounded8, avx2_rounded4;
 extern const Kernel avx512_f32, avx512_bf16, avx512_int8, avx512_int4;
 extern const Kernel avx512bf16_bf16;
 extern const Kernel avx512vnni_int8, avx512vnni_int4;
