@@ -102,17 +102,18 @@ def fused(
 
     scale, spec: of a norm of x before. gate: of two weights, gate(first) * second. add: what a lone one is added to.
     """
-    if not x.size or (spec is not None and spec.kind != "rms"):
+    inner = math.prod(weights[0].shape[outer[0] :])
+    if x.size != inner or not inner or (spec is not None and spec.kind != "rms"):  # no lone row; another norm
         return None
     each = [seen(w, n) for w, n in zip(weights, outer, strict=True) if not isinstance(w, Weight)]
-    if len(each) < len(weights):  # codes, whose few rows XLA multiplies as fast
+    if len(each) < len(weights):  # codes, whose lone row XLA multiplies faster
         return None
-    rows = x.reshape(-1, each[0].shape[1])
+    rows = x.reshape(1, inner)
     if not kernels.choice().projects(rows, *each):
         return None
     around = kernels.Around(gate, spec.eps if spec else 0.0, spec.offset if spec else 0.0)
     twin = functools.partial(unfused, spec=spec, gate=gate, dtype=dtype)
-    added = None if add is None else add.reshape(len(rows), -1)
+    added = None if add is None else add.reshape(1, -1)
     return kernels.project(twin, around, dtype, rows, tuple(each), scale["scale"] if scale else None, added)
 
 
