@@ -136,8 +136,8 @@ def test_a_step_whose_cache_is_not_donated_is_found():
 
 
 def test_a_plain_product_of_one_bfloat16_row_is_found(monkeypatch):
-    def plain(x, w, equation, bias=None, dtype=None):
-        return jnp.einsum(equation, x, w)
+    def plain(x, w, equation, bias=None, dtype=None, add=0):
+        return add + jnp.einsum(equation, x, w)
 
     monkeypatch.setattr(ops, "linear", plain)
     compiled = step_program(BFLOAT16, 1, undonated(decode_step, "config"))
