@@ -30,6 +30,7 @@ UNITS = {  # each instruction set is a file with flags of its own; which one run
     "avx512.cc": AVX512,
     "avx512bf16.cc": (*AVX512, "-mavx512bf16"),
     "avx512vnni.cc": (*AVX512, "-mavx512vnni"),
+    "amx.cc": (*AVX512, "-mamx-tile", "-mamx-bf16"),
 }
 X86 = ("x86_64", "AMD64")
 CPUINFO = pathlib.Path("/proc/cpuinfo")
@@ -84,20 +85,21 @@ def key(compiler: str) -> str:
 
 def units() -> dict[str, tuple[str, ...]]:
     """The files to compile on this machine, with the flags of each: those for AVX-512 take longest, if it has it."""
-    x86, wide = platform.machine() in X86, has_avx512()
-    known = ("-DJAXINFER_AVX512",) if x86 and wide else ()
-    return {
-        name: (*flags, *known)
-        for name, flags in UNITS.items()
-        if not flags or (x86 and (wide or "-mavx512f" not in flags))
-    }
+    x86, known = platform.machine() in X86, listed()
+    wide = x86 and (known is None or "avx512f" in known)  # what is not known is decided when it runs
+    tiles = (
+        wide and known is not None and "amx_bf16" in known
+    )  # where there are none a compiler may be too old for them
+    there = [f"-DJAXINFER_{name}" for name, has in (("AVX512", wide), ("AMX", tiles)) if has]
+    lacking = {flag for flag, has in (("-mavx2", x86), ("-mavx512f", wide), ("-mamx-tile", tiles)) if not has}
+    return {name: (*flags, *there) for name, flags in UNITS.items() if not lacking & set(flags)}
 
 
-def has_avx512() -> bool:
-    """Whether the processor may: what is not known (Linux lists it) is decided when it runs."""
+def listed() -> set[str] | None:
+    """The names of what the processor has, as Linux gives them, or None where it does not."""
     text = CPUINFO.read_text() if CPUINFO.is_file() else ""
-    listed = re.search(r"^flags\s*:(.*)", text, re.M)
-    return listed is None or "avx512f" in listed[1].split()
+    found = re.search(r"^flags\s*:(.*)", text, re.M)
+    return set(found[1].split()) if found else None
 
 
 def build(compiler: str, path: pathlib.Path) -> None:

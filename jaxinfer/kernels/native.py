@@ -15,7 +15,7 @@ from jaxinfer.kernels import build
 
 # The number changes with what a handler is given: a program from a persistent cache never calls another version's.
 LINEAR, CODED, ATTENTION = "jaxinfer_linear_v1", "jaxinfer_coded_v2", "jaxinfer_attention_v3"
-ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3}
+ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3, "amx": 4}
 BEST = -1
 
 _lock = threading.Lock()

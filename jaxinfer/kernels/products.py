@@ -4,8 +4,8 @@ The kernel (csrc/) is an XLA FFI handler that works on XLA's own threads. It sum
 rows and threads: a row has the same bits alone and among any others. They may differ between instruction sets.
 
 float32 is multiplied and summed as IEEE says, denormal numbers included. bfloat16 is widened to float32, which is
-exact, and then treated alike, except where the machine has AVX-512 BF16: its vdpbf16ps, at twice the rate, counts
-denormal inputs and sums as zero, as XLA's own product does there.
+exact, and then treated alike, except where the machine has AVX-512 BF16, whose vdpbf16ps works at twice the rate, or the
+tiles of AMX, at ten times that: these count denormal inputs and sums as zero, as XLA's own product does there.
 """
 
 from __future__ import annotations

@@ -43,23 +43,31 @@ def finish(process):
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "wide"),
-    [("flags : sse2 avx2 fma\n", False), ("flags : avx2 avx512f avx512bw\n", True), ("Features : asimd\n", True)],
+    ("cpuinfo", "wide", "tiles"),
+    [
+        ("flags : sse2 avx2 fma\n", False, False),
+        ("flags : avx2 avx512f avx512bw\n", True, False),
+        ("flags : avx2 avx512f amx_bf16 amx_tile\n", True, True),
+        ("Features : asimd\n", True, False),
+    ],
 )
-def test_files_for_avx512_are_compiled_where_the_processor_may_have_it(cpuinfo, wide, tmp_path, monkeypatch):
+def test_files_for_wide_instructions_are_compiled_where_the_processor_may_have_them(
+    cpuinfo, wide, tiles, tmp_path, monkeypatch
+):
     (tmp_path / "cpuinfo").write_text(cpuinfo)
     monkeypatch.setattr(build, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
     units = build.units()
     assert ("avx512.cc" in units) == ("avx512vnni.cc" in units) == wide and "avx2.cc" in units
     assert all(("-DJAXINFER_AVX512" in flags) == wide for flags in units.values())
+    assert ("amx.cc" in units) == tiles and all(("-DJAXINFER_AMX" in flags) == tiles for flags in units.values())
     monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
     assert build.units() == {name: () for name, flags in build.UNITS.items() if not flags}
 
 
 @pytest.mark.usefixtures("kernels_are_built")
 def test_a_library_without_avx512_runs_on_any_machine(tmp_path):
-    before = "build.has_avx512 = lambda: False; build.FLAGS = (*build.FLAGS, '-O0')"
+    before = "build.listed = lambda: {'avx2'}; build.FLAGS = (*build.FLAGS, '-O0')"
     assert finish(
         start(before, "max(native.ISAS[name] for name in native.isas()) < 2", XDG_CACHE_HOME=str(tmp_path))
     ) == ("None True")

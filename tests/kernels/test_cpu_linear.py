@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("kernels_are_built")
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 SHAPES = [  # M, I, O
     (1, 1, 1), (1, 7, 3), (2, 3, 5), (3, 16, 4), (5, 64, 8), (6, 33, 9), (7, 65, 21), (13, 515, 130), (23, 1024, 4),
-    (24, 1025, 31), (70, 515, 33), (1, 4097, 300), (512, 2049, 37), (130, 4100, 6),
+    (24, 1025, 31), (70, 515, 33), (1, 4097, 300), (512, 2049, 37), (130, 4100, 6), (150, 4133, 77),
 ]  # fmt: skip
 ROWS = [*range(1, 14), 18, 23, 24, 25, 31, 32, 33, 64, 70, 129, 200]
 
@@ -90,7 +90,7 @@ def test_denormal_numbers_count_or_count_as_zero_where_it_says_so(dtype, isa):
     x, w = jnp.asarray(x, dtype), jnp.asarray(w * 2.0**20, dtype)
     truth, size = exact(np.asarray(x).astype(np.float64), w)
     error = np.abs(np.asarray(products.linear(x, w, isa), np.float64) - truth)
-    lost = dtype == jnp.bfloat16 and isa == "avx512bf16"
+    lost = dtype == jnp.bfloat16 and isa in ("avx512bf16", "amx")
     flushed = np.finfo(np.float32).tiny * np.abs(np.asarray(w, np.float64)).sum(1)  # each input was less than tiny
     assert (error <= (flushed if lost else 1e-6 * size + np.finfo(np.float32).smallest_subnormal)).all()
 
@@ -216,6 +216,15 @@ def test_a_row_has_the_same_bits_whatever_the_number_of_rows(dtype, isa):
     whole = np.asarray(products.linear(x, w, isa))
     for rows, got in zip(ROWS, jax.jit(lambda x: [products.linear(x[-n:], w, isa) for n in ROWS])(x), strict=True):
         np.testing.assert_array_equal(got, whole[-rows:])
+
+
+@DTYPES
+@EVERY_ISA
+def test_a_long_row_has_the_same_bits_whatever_the_number_of_rows(dtype, isa):
+    x, w = arrays((150, 4133, 77), dtype)
+    whole = np.asarray(products.linear(x, w, isa))
+    for rows in (1, 20, 40):
+        np.testing.assert_array_equal(products.linear(x[-rows:], w, isa), whole[-rows:])
 
 
 @DTYPES

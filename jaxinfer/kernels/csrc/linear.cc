@@ -1,4 +1,5 @@
 // The XLA FFI handlers of products: which kernel, how many threads, who does which columns.
+#include <cstdlib>
 #include <memory>
 #include <new>
 
@@ -11,7 +12,8 @@ namespace {
 
 constexpr int64_t SMALL_BYTES = 256 * 1024;  // of w, and
 constexpr int64_t SMALL_WORK = 1 << 20;      // multiplications, that are done before a second thread wakes up
-constexpr int64_t FEW_ROWS = 32;             // the time goes into reading w
+constexpr int64_t FEW_ROWS = 32;             // the time goes into reading w,
+constexpr int64_t BLOCK_BYTES = 1 << 20;     // of which a thread takes so much at a time
 
 // What w is kept in; and x in codes too.
 enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, ROUNDED8 = 4, ROUNDED4 = 5 };
@@ -22,7 +24,10 @@ const Kernel& choose(int32_t isa, Form form) {
   static const Kernel* const avx512[] = {&avx512_f32, &avx512_bf16, &avx512_int8, &avx512_int4};
   if (form >= ROUNDED8 && isa > AVX2 && has_vnni()) return form == ROUNDED8 ? avx512vnni_int8 : avx512vnni_int4;
   if (form >= ROUNDED8) isa = AVX2;
-  if (isa == AVX512BF16 && form == BF16) return avx512bf16_bf16;
+#if WITH_AMX
+  if (isa == AMX && form == BF16) return amx_bf16;
+#endif
+  if (isa >= AVX512BF16 && form == BF16) return avx512bf16_bf16;
   if (isa >= AVX512) return *avx512[form];
 #endif
 #if defined(__x86_64__)
@@ -73,8 +78,21 @@ class Multiplication : public Job {
   const int64_t columns_;
 };
 
+class Packing : public Job {
+ public:
+  Packing(const Product& product, const Kernel& kernel, void* shared)
+      : Job((product.rows + kernel.rows - 1) / kernel.rows), product_(product), kernel_(kernel), shared_(shared) {}
+
+ private:
+  void block(int64_t index, void*) override { kernel_.pack(product_, shared_, index); }
+
+  const Product product_;
+  const Kernel& kernel_;
+  void* const shared_;
+};
+
 // isa: -1 for the best. threads: 0 for as many as the pool has, or 1 where that is faster.
-ffi::Error multiply(ffi::ThreadPool& pool, const Product& p, Form form, int32_t isa, int32_t threads) {
+ffi::Error multiply(ffi::ThreadPool& pool, Product p, Form form, int32_t isa, int32_t threads) {
   if (isa > best_isa()) return ffi::Error::InvalidArgument("this machine has no such instruction set");
   if (!p.rows || !p.outer) return ffi::Error::Success();
   if (!p.inner) {
@@ -85,14 +103,23 @@ ffi::Error multiply(ffi::ThreadPool& pool, const Product& p, Form form, int32_t 
   int64_t row_bytes = (p.inner * BITS[form] + 7) / 8;
   bool small = p.outer * row_bytes < SMALL_BYTES && p.rows * p.outer * p.inner < SMALL_WORK;
   int64_t most = threads > 0 ? threads : small ? 1 : pool.num_threads();
-  // Few rows: blocks of about 256 KiB of w. Many: as large as leaves eight a thread, for each block makes x ready anew.
-  int64_t block = p.rows <= FEW_ROWS ? SMALL_BYTES / row_bytes : 512;
+  // Many rows: blocks as large as leaves eight a thread, for each makes x ready anew.
+  int64_t block = p.rows <= FEW_ROWS ? BLOCK_BYTES / row_bytes : MOST_COLUMNS;
+  if (block > MOST_COLUMNS) block = MOST_COLUMNS;
   if (most > 1 && block > p.outer / (most * 8)) block = p.outer / (most * 8);
   if (block < 16) block = 16;
-  block = (block + COLUMNS - 1) / COLUMNS * COLUMNS;
   const Kernel& kernel = choose(isa < 0 ? best_isa() : isa, form);
-  if (!Job::share(pool, std::make_shared<Multiplication>(p, kernel, block), most))
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "linear found no memory for its scratch");
+  block = (block + kernel.strip - 1) / kernel.strip * kernel.strip;
+
+  std::unique_ptr<void, decltype(&std::free)> shared(nullptr, &std::free);
+  bool done = true;
+  if (kernel.pack) {
+    shared.reset(std::aligned_alloc(64, (kernel.shared(p) + 63) / 64 * 64));
+    done = shared && Job::share(pool, std::make_shared<Packing>(p, kernel, shared.get()), small ? 1 : most);
+    p.shared = shared.get();
+  }
+  done = done && Job::share(pool, std::make_shared<Multiplication>(p, kernel, block), most);
+  if (!done) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "linear found no memory for its scratch");
   return ffi::Error::Success();
 }
 

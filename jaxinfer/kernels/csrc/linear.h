@@ -15,17 +15,24 @@ struct Product {
   int64_t rows, inner, outer;
   const void* scale = nullptr;  // of int8 [outer] float32; of four bits [outer, inner / group] float16
   int64_t group = 0;            // a multiple of UNIT
+  const void* shared = nullptr;  // x as the kernel packed it
 };
 
+constexpr int COLUMNS = 4;              // rows of w that are multiplied together
+constexpr int64_t MOST_COLUMNS = 512;  // of which a thread takes a block
+
 // How one instruction set multiplies one dtype. Every thread prepares a scratch of its own (64-byte aligned), then
-// computes the columns [begin, end) of y, begin being a multiple of COLUMNS.
+// computes the columns [begin, end) of y, begin being a multiple of `strip`. Where there is a `pack`, x was packed
+// before, once for all threads, in parts of up to `rows` rows, all parts alike.
 struct Kernel {
   size_t (*scratch)(const Product&);  // bytes
   void (*prepare)(const Product&, void* scratch);
   void (*columns)(const Product&, void* scratch, int64_t begin, int64_t end);
+  size_t (*shared)(const Product&) = nullptr;  // bytes
+  void (*pack)(const Product&, void* shared, int64_t part) = nullptr;
+  int64_t strip = COLUMNS, rows = 0;
 };
 
-constexpr int COLUMNS = 4;  // rows of w that are multiplied together
 constexpr int BLOCK = 32;   // numbers of x that share a scale, where x is rounded to codes too
 constexpr float LEAST = 1.17549435e-38f;  // a smaller scale is none: the block is zeros
 constexpr int UNIT = 32;    // codes of four bits lie together: the first half in the low bits of 16 bytes
@@ -36,4 +43,5 @@ extern const Kernel avx2_f32, avx2_bf16, avx2_int8, avx2_int4, avx2_rounded8, av
 extern const Kernel avx512_f32, avx512_bf16, avx512_int8, avx512_int4;
 extern const Kernel avx512bf16_bf16;
 extern const Kernel avx512vnni_int8, avx512vnni_int4;
+extern const Kernel amx_bf16;
 #endif

@@ -19,10 +19,35 @@
 #else
 #define WITH_AVX512 0
 #endif
+#if defined(JAXINFER_AMX)
+#define WITH_AMX 1
+#else
+#define WITH_AMX 0
+#endif
+#if WITH_AMX && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
-enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3 };
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3, AMX = 4 };
+
+// Whether there are tiles of bfloat16, and the system lets this process have them, which it does for those that ask.
+bool has_amx() {
+#if WITH_AMX && defined(__linux__)
+  unsigned a, b, c, d, low, high;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 22 & 1)) return false;  // AMX-TILE, AMX-BF16
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;                             // OSXSAVE
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low >> 17 & 3) != 3) return false;
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+#else
+  return false;
+#endif
+}
 
 int32_t best_isa() {
 #if defined(__x86_64__)
@@ -31,7 +56,7 @@ int32_t best_isa() {
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     bool avx512 = WITH_AVX512 && avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) return AVX512BF16;
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return has_amx() ? AMX : AVX512BF16;
     return avx512 ? AVX512 : avx2 ? AVX2 : PORTABLE;
   }();
   return best;
@@ -88,7 +113,7 @@ class Job {
   }
 
  protected:
-  virtual size_t scratch() = 0;  // bytes that a thread needs, 64-byte aligned
+  virtual size_t scratch() { return 64; }  // bytes that a thread needs, 64-byte aligned
   virtual void prepare(void* scratch) {}
   virtual void block(int64_t index, void* scratch) = 0;
 
