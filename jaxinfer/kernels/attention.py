@@ -1,10 +1,11 @@
-"""Attention on the CPU, of few queries to a cache: XLA's own reads all that is allocated, and codes as floats first.
+"""Attention on the CPU, of queries to a cache: XLA's own reads all that is allocated, and codes as floats first.
 
 The kernel (csrc/attend.h) reads the slots that some query sees, each once, in the form in which it lies: in a row, or
 in pages of a pool. Scores, softmax and sums are float32, and what is float32 is not rounded. Queries of bfloat16 meet a
 cache of it with weights that are rounded to it, as in the plain form. They meet int8 as integers of 16 bits, which
 their weights become too, times the largest of a query and of a block: finer than bfloat16, and summed exactly. A query
-has the same bits alone and among any others, whatever the number of rows, queries and threads.
+has the same bits alone and among any others, whatever the number of rows, queries and threads; but where the processor
+has AMX, more than FEW queries of bfloat16 are taken by its tiles (csrc/amxattend.cc), in another order of summation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.kernels import gpu
+from jaxinfer.kernels import gpu, native
 from jaxinfer.kernels.kept import Kept, Rule
 from jaxinfer.kernels.native import ATTENTION, BEST, ISAS, demand
 
@@ -71,6 +72,11 @@ def attended(
 @attended.defjvp
 def _tangent(plain: Callable[..., jax.Array], platform: str, rule: Rule, primals: Any, tangents: Any) -> Any:
     return attended(plain, platform, rule, *primals), jax.jvp(plain, primals, tangents)[1]
+
+
+def crowds(q: jax.Array, kept: Kept) -> bool:
+    """Whether the CPU kernel looks with more than FEW queries a row too: of bfloat16, by tiles of AMX."""
+    return q.dtype == kept.dtype == jnp.bfloat16 and kept.scales is None and native.best() == "amx"
 
 
 def unknown(kept: Kept) -> str | None:

@@ -21,6 +21,7 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl")
+AMX = ("-mamx-tile", "-mamx-bf16")
 UNITS = {  # each instruction set is a file with flags of its own; which one runs is chosen at run time
     "linear.cc": (),
     "attention.cc": (),
@@ -30,7 +31,8 @@ UNITS = {  # each instruction set is a file with flags of its own; which one run
     "avx512.cc": AVX512,
     "avx512bf16.cc": (*AVX512, "-mavx512bf16"),
     "avx512vnni.cc": (*AVX512, "-mavx512vnni"),
-    "amx.cc": (*AVX512, "-mamx-tile", "-mamx-bf16"),
+    "amx.cc": (*AVX512, "-mavx512bf16", *AMX),
+    "amxattend.cc": (*AVX512, "-mavx512bf16", *AMX),
 }
 X86 = ("x86_64", "AMD64")
 CPUINFO = pathlib.Path("/proc/cpuinfo")

@@ -28,7 +28,8 @@ class KernelChoice:
 
     linear: products with weights; "gpu", of a lone row in bfloat16 or float16 with weights in the same, together with
     the norm before and what is added after. attention: "cpu", of up to
-    `attention.FEW` queries a row to a cache in float32, bfloat16 or int8 (of more the plain form makes products);
+    `attention.FEW` queries a row to a cache in float32, bfloat16 or int8 (of more the plain form makes products, unless
+    the processor has tiles for bfloat16);
     "gpu", of any number to one of these or float16, in pages too.
     """
 
@@ -51,6 +52,17 @@ class KernelChoice:
         reason, remedy = unknown(x, *w), "use float32 or bfloat16 for both"
         return products.product if self.taken("linear", "cpu", reason, remedy, x, *w) else None
 
+    def gates(self, activation: str, x: Array, *weights: Array) -> Callable[..., Array] | None:
+        """The kernel that makes activation(x gate) * (x up), called as (twin, activation, x [M, I], gate, up [O, I]).
+
+        It is AMX's, of bfloat16. None: two products and what XLA makes of them.
+        """
+        asked = self.linear == "cpu" or (self.linear == "auto" and device().platform == "cpu")
+        half = all(a.dtype == jnp.bfloat16 for a in (x, *weights))
+        if not (asked and half and activation in products.ACTIVATIONS and native.best() == "amx"):
+            return None
+        return products.opened if self.taken("linear", "cpu", None, "", x, *weights) else None
+
     def projects(self, x: Array, *weights: Array) -> bool:
         """Whether the GPU's kernel multiplies rows x [M, I] with weights [O, I], and does what stands around that.
 
@@ -68,8 +80,9 @@ class KernelChoice:
         attention="cpu" or "gpu" cannot be kept.
         """
         remedy = "use a cache of float32, bfloat16 or int8"
-        few = q.shape[1] <= attention.FEW
-        if few and self.taken("attention", "cpu", attention.unknown(kept), remedy, q, kept.k):
+        asked = self.attention == "cpu" or (self.attention == "auto" and device().platform == "cpu")
+        suits = q.shape[1] <= attention.FEW or (asked and attention.crowds(q, kept))
+        if suits and self.taken("attention", "cpu", attention.unknown(kept), remedy, q, kept.k):
             return "cpu"
         return "cuda" if self.taken("attention", "gpu", gpu.attention.unknown(q, kept), remedy, q, kept.k) else None
 

@@ -14,7 +14,8 @@ import numpy as np
 from jaxinfer.kernels import build
 
 # The number changes with what a handler is given: a program from a persistent cache never calls another version's.
-LINEAR, CODED, ATTENTION = "jaxinfer_linear_v1", "jaxinfer_coded_v2", "jaxinfer_attention_v3"
+LINEAR, CODED, GATED = "jaxinfer_linear_v1", "jaxinfer_coded_v2", "jaxinfer_gated_v1"
+ATTENTION = "jaxinfer_attention_v3"
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3, "amx": 4}
 BEST = -1
 
@@ -25,6 +26,12 @@ def isas() -> tuple[str, ...]:
     """The instruction sets that this machine has and the kernels know, best last. BuildError if there are none."""
     best = ctypes.CDLL(str(build.library())).jaxinfer_best_isa()
     return tuple(name for name, number in ISAS.items() if number <= best)
+
+
+@functools.cache
+def best() -> str | None:
+    """The best of `isas`, or None where there are no kernels (`unavailable` says why)."""
+    return None if unavailable() else isas()[-1]
 
 
 def unavailable() -> str | None:
@@ -66,8 +73,8 @@ def demand() -> None:
 def _load() -> str | None:
     try:
         handle = ctypes.CDLL(str(build.library()))
-        handlers = {LINEAR: handle.jaxinfer_linear, CODED: handle.jaxinfer_coded, ATTENTION: handle.jaxinfer_attention}
-        for name, handler in handlers.items():
+        for name in (LINEAR, CODED, GATED, ATTENTION):
+            handler = getattr(handle, name.rpartition("_")[0])
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     except (build.BuildError, OSError, AttributeError) as error:
         reason = " ".join(str(error).split())

@@ -4,8 +4,8 @@ The kernel (csrc/) is an XLA FFI handler that works on XLA's own threads. It sum
 rows and threads: a row has the same bits alone and among any others. They may differ between instruction sets.
 
 float32 is multiplied and summed as IEEE says, denormal numbers included. bfloat16 is widened to float32, which is
-exact, and then treated alike, except where the machine has AVX-512 BF16, whose vdpbf16ps works at twice the rate, or the
-tiles of AMX, at ten times that: these count denormal inputs and sums as zero, as XLA's own product does there.
+exact, and then treated alike, except where the machine has AVX-512 BF16, whose vdpbf16ps works at twice the rate, or
+the tiles of AMX, at ten times that: these count denormal inputs and sums as zero, as XLA's own product does there.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.kernels.native import BEST, CODED, ISAS, LINEAR, demand
+from jaxinfer.kernels.native import BEST, CODED, GATED, ISAS, LINEAR, demand
 
 BLOCK = 32  # numbers of x that share a scale where x is rounded
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}  # which a kernel works out after two products
 UNIT = 32  # codes of four bits lie together, the first half of them in the low bits of 16 bytes
 
 
@@ -83,3 +84,48 @@ def _tangent(plain, dynamic, primals, tangents):
     dx, *dw = tangents
     out = product(plain, dynamic, *primals), plain(dx, *w)
     return out if len(w) > 1 else (out[0], out[1] + plain(x, *dw))  # codes do not move
+
+
+def gated(
+    x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, isa: str | None = None, threads: int | None = None
+) -> jax.Array:
+    """activation(x gate) * (x up), x [M, I] and weights [O, I] bfloat16: [M, O] bfloat16. The bare kernel, of AMX.
+
+    activation: one of ACTIVATIONS. Sums and what is made of them are float32, rounded once. isa, threads, RuntimeError:
+    as `linear`. Not differentiable: see `opened`.
+    """
+    demand()
+    shape = jax.ShapeDtypeStruct((x.shape[0], gate.shape[0]), jnp.bfloat16)
+    how = {"isa": np.int32(BEST if isa is None else ISAS[isa]), "threads": np.int32(threads or 0)}
+    return jax.ffi.ffi_call(GATED, shape)(x, gate, up, activation=np.int32(ACTIVATIONS[activation]), **how)
+
+
+@functools.cache
+def gate_of(activation: str) -> Callable[..., jax.Array]:
+    """`gated`, that vmap knows."""
+
+    @jax.custom_batching.custom_vmap
+    def rows(x: jax.Array, gate: jax.Array, up: jax.Array) -> jax.Array:
+        return gated(x, gate, up, activation)
+
+    @rows.def_vmap
+    def rows_of_a_batch(size: int, batched: list[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+        """As of `linear`: a batch of x is more rows, one of weights is multiplied one by one."""
+        x, *weights = arrays
+        if not any(batched[1:]):
+            return rows(x.reshape(-1, x.shape[-1]), *weights).reshape(size, -1, weights[0].shape[0]), True
+        every = [a if many else jnp.broadcast_to(a, (size, *a.shape)) for a, many in zip(arrays, batched, strict=True)]
+        return jax.lax.map(lambda one: rows(*one), every), True
+
+    return rows
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def opened(plain: Callable[..., jax.Array], activation: str, *arrays: jax.Array) -> jax.Array:
+    """`gated` of (x, gate, up) in programs for the CPU, `plain` of them in others, and in all derivatives."""
+    return jax.lax.platform_dependent(*arrays, cpu=gate_of(activation), default=plain)
+
+
+@opened.defjvp
+def _opened_tangent(plain, activation, primals, tangents):
+    return opened(plain, activation, *primals), jax.jvp(plain, primals, tangents)[1]

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 
 from jaxinfer.config import LayerSpec
-from jaxinfer.ops.linear import fused, linear, linears
+from jaxinfer.ops.linear import fused, gated, linear, linears
+from jaxinfer.ops.norm import norm
 
 ACTIVATION = {
     "silu": jax.nn.silu,
@@ -15,7 +16,7 @@ ACTIVATION = {
 }
 
 
-FUSED = ("silu", "gelu_tanh", "relu")  # which a GPU's kernel works out after two products
+FUSED = ("silu", "gelu_tanh", "relu")  # which a kernel works out after two products
 
 
 def mlp(
@@ -38,5 +39,9 @@ def hidden(x: jax.Array, p: dict[str, Any], spec: LayerSpec, scale: dict[str, An
         once = fused(x, weights, [1, 1], scale, spec.norm, activation)
         if once is not None:
             return once[0].reshape(*x.shape[:-1], -1)
+        x, scale = (norm(x, scale, spec.norm), None) if scale else (x, None)
+        once = gated(x, p["gate"], p["up"], spec.activation, activation)
+        if once is not None:
+            return once
     gate, up = linears(x, weights, ["BTD,FD->BTF"] * 2, biases, scale, spec.norm)
     return activation(gate) * up

@@ -167,6 +167,95 @@ def test_scores_of_any_size_are_weighed_as_the_softmax_weighs_them():
         np.testing.assert_allclose(got, plain(q, position, source, spec), atol=3e-6 + 2e-7 * min(size, 1e3))
 
 
+# --- many queries of bfloat16: by tiles -----------------------------------------------------------------------------
+
+CROWDS = [  # B, T, N, K, S, H; T above FEW
+    (1, 17, 1, 1, 20, 1), (2, 40, 4, 2, 50, 10), (3, 33, 6, 3, 130, 64), (1, 64, 8, 2, 600, 20),
+    (1, 100, 6, 1, 330, 128), (2, 70, 6, 6, 77, 7), (1, 20, 8, 8, 33, 100),
+]  # fmt: skip
+TILES = pytest.mark.parametrize("isa", ["amx"], indirect=True)
+
+
+@TILES
+@pytest.mark.parametrize("shape", CROWDS, ids=str)
+def test_many_queries_are_weighed_as_in_their_plain_twin(shape, isa):
+    q, position, source = arrays(shape, "bfloat16")
+    q = q.astype(jnp.bfloat16)
+    position = position.at[0, 5:7].set(PAST)  # pads
+    seen = (np.asarray(position) < PAST)[..., None, None]
+    bits = Kept(*(jax.lax.bitcast_convert_type(x, jnp.uint16) for x in source.kept[:2]))
+    for rule in RULES:
+        spec = spec_of(shape, **rule)
+        got = np.asarray(attend(q, position, source.kept, rule_of(spec), isa))
+        exact = plain(q.astype(jnp.float32), position, source, spec)
+        weighed = plain(q.astype(jnp.float32), position, source.replace(v=Plain(jnp.abs(source.v.x))), spec)
+        assert (np.abs(got - exact * seen) <= 2**-8 * weighed + 2e-6).all(), "no more than weights that are rounded"
+        np.testing.assert_array_equal(attend(q, position, bits, rule_of(spec), isa), got)
+
+
+@TILES
+def test_many_queries_look_at_slots_in_any_order_and_sinks(isa):
+    shape = (3, 20, 4, 2, 300, 12)
+    q, position, source = arrays(shape, "bfloat16")
+    q, draw = q.astype(jnp.bfloat16), np.random.default_rng(1)
+    slot = np.stack([draw.permutation(300) for _ in range(3)]).astype(np.int32)
+    slot[:, ::9] = PAST
+    for source in (source, source.replace(slot=jnp.asarray(slot))):  # noqa: B020
+        for window, sinks in ((None, 0), (20, 0), (6, 3)):
+            spec = spec_of(shape, window=window)
+            got = attend(q, position + 3, source.kept, rule_of(spec, sinks), isa)
+            exact = plain(q.astype(jnp.float32), position + 3, source, spec, sinks)
+            size = source.replace(v=Plain(jnp.abs(source.v.x)))
+            weighed = plain(q.astype(jnp.float32), position + 3, size, spec, sinks)
+            assert (np.abs(got - exact) <= 2**-8 * weighed + 2e-6).all()
+
+
+@TILES
+@pytest.mark.parametrize("H", [20, 64])
+def test_many_queries_have_the_same_bits_in_any_company_on_any_threads_and_over_pages(H, isa):
+    shape = (4, 100, 6, 2, 1090, H)
+    q, position, source = arrays(shape, "bfloat16")
+    q, rule = q.astype(jnp.bfloat16), rule_of(spec_of(shape, window=700))
+    whole = np.asarray(attend(q, position, source.kept, rule, isa))
+    for threads in (1, 2, 3):
+        np.testing.assert_array_equal(attend(q, position, source.kept, rule, isa, threads), whole)
+    for b, t, n in ((1, 0, 17), (3, 41, 59), (2, 66, 34)):
+        own = jax.tree.map(lambda x, b=b: x[b : b + 1], source)
+        got = attend(q[b : b + 1, t : t + n], position[b : b + 1, t : t + n], own.kept, rule, isa)
+        np.testing.assert_array_equal(got[0], whole[b, t : t + n])
+    for page, groups in ((4, 1), (12, 2), (64, 1), (2048, 2)):
+        pool = in_pages(source, page, groups).kept
+        np.testing.assert_array_equal(attend(q, position, pool, rule, isa), whole)
+
+
+@TILES
+def test_what_none_of_many_queries_sees_is_not_read(isa):
+    shape = (2, 20, 4, 2, 700, 16)
+    q, _, source = arrays(shape, "bfloat16")
+    q = q.astype(jnp.bfloat16)
+    position = jnp.stack([jnp.arange(400, 420), jnp.where(jnp.arange(20) < 8, jnp.arange(20), PAST)])
+    rule = rule_of(spec_of(shape, window=50))
+    clean = np.asarray(attend(q, position, source.kept, rule, isa))
+    seen = np.zeros((2, 1, 700, 1), bool)
+    seen[0, 0, 256:420] = True  # from the span of 128 slots in which the window begins
+    seen[1, 0, :8] = True
+    poisoned = jax.tree.map(lambda x: jnp.where(seen, x, jnp.nan), source)
+    np.testing.assert_array_equal(attend(q, position, poisoned.kept, rule, isa), clean)
+
+
+@TILES
+def test_many_scores_of_any_size_are_weighed_as_the_softmax_weighs_them(isa):
+    shape = (1, 20, 2, 1, 500, 8)
+    q, position, source = arrays(shape, "bfloat16")
+    q = q.astype(jnp.bfloat16)
+    for size in (1e-6, 1.0, 30.0, 1e4, 1e18):
+        spec = spec_of(shape).replace(scale=size)
+        got = attend(q, position, source.kept, rule_of(spec), isa)
+        exact = plain(q.astype(jnp.float32), position, source, spec)
+        weighed = plain(q.astype(jnp.float32), position, source.replace(v=Plain(jnp.abs(source.v.x))), spec)
+        assert (np.abs(got - exact) <= 2**-8 * weighed + 3e-6 + 2e-7 * min(size, 1e3)).all()
+
+
 # --- in programs ---------------------------------------------------------------------------------------------------
 
 
@@ -183,8 +272,20 @@ def test_it_is_taken_for_few_queries_and_caches_that_it_can_read():
         assert uses_the_kernel(kind)
     assert uses_the_kernel(T=FEW) and not uses_the_kernel(T=FEW + 1)
     assert uses_the_kernel(dtype="bfloat16") and not uses_the_kernel(dtype="float16")
+    assert not uses_the_kernel(T=FEW + 1, dtype="bfloat16"), "queries of float32 are not rounded"
     assert not uses_the_kernel("float8") and not uses_the_kernel("paged:page=6")
     assert not uses_the_kernel(choice=KernelChoice(attention="reference"))
+
+
+def test_it_is_taken_for_many_queries_of_bfloat16_where_the_processor_has_tiles_for_them():
+    params, config = tiny_model()
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    config = config.replace(dtype="bfloat16")
+    ids = jnp.ones((2, FEW + 1), jnp.int32)
+    for kind, readable in (("dense", True), ("paged:page=8", True), ("int8", False)):
+        cache = jaxinfer.init_cache(config, 2, 64, kind)
+        text = jaxinfer.forward.lower(params, config, ids, cache).as_text()
+        assert (native.ATTENTION in text) == (readable and native.best() == "amx")
 
 
 def test_a_kernel_that_cannot_be_is_an_error_only_when_asked_for_by_name():

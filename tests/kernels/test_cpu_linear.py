@@ -10,7 +10,9 @@ import pytest
 from jaxinfer import kernels, ops, program
 from jaxinfer.kernels import KernelChoice, native, products
 from jaxinfer.ops.linear import plain
+from jaxinfer.ops.mlp import ACTIVATION
 from jaxinfer.quantization import Int4, Int8, rounded
+from jaxinfer.testing import tiny_model
 
 pytestmark = pytest.mark.usefixtures("kernels_are_built")
 
@@ -248,6 +250,70 @@ def test_a_lone_row_of_linear_has_the_bits_it_has_in_a_batch(rows, dtype):
     assert kernels.choice().product(x[:, 0], w[0]) is not None
     for row in range(rows):
         np.testing.assert_array_equal(product(x[row : row + 1])[0], whole[row])
+
+
+# --- a gate and what it opens --------------------------------------------------------------------------------------
+
+GATES = pytest.mark.parametrize("activation", products.ACTIVATIONS)
+TILES = pytest.mark.parametrize("isa", ["amx"], indirect=True)
+
+
+def gate(shape, seed=0):
+    """(x, gate, up, what comes of them in float64)."""
+    x, weights = arrays((shape[0], shape[1], 2 * shape[2]), jnp.bfloat16, seed)
+    weights = (weights.astype(jnp.float32) * 2 / shape[1] ** 0.5).astype(jnp.bfloat16)
+    return x, weights[: shape[2]], weights[shape[2] :]
+
+
+@GATES
+@TILES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_gate_and_what_it_opens_are_one_product_that_is_rounded_once(shape, activation, isa):
+    x, first, second = gate(shape)
+    got = products.gated(x, first, second, activation, isa)
+    opened = np.asarray(ACTIVATION[activation](jnp.float32(exact(x, first)[0])), np.float64) * exact(x, second)[0]
+    assert got.dtype == jnp.bfloat16
+    assert (np.abs(np.asarray(got, np.float64) - opened) <= 2**-8 * np.abs(opened) + 1e-5).all()
+
+
+@TILES
+def test_a_gated_row_has_the_same_bits_in_any_company_and_on_any_threads(isa):
+    x, first, second = gate((150, 4133, 77))
+    whole = np.asarray(products.gated(x, first, second, "silu", isa), np.float32)
+    for rows in (1, 20, 40, 129):
+        np.testing.assert_array_equal(products.gated(x[-rows:], first, second, "silu", isa), whole[-rows:])
+    for threads in (1, 2, 7):
+        np.testing.assert_array_equal(products.gated(x, first, second, "silu", isa, threads), whole)
+
+
+@GATES
+@TILES
+def test_numbers_that_are_none_stay_in_their_gated_rows(activation, isa):
+    x, first, second = gate((9, 65, 7))
+    got = np.asarray(products.gated(x.at[3, 5].set(jnp.nan), first, second, activation, isa), np.float32)
+    assert np.isnan(got[3]).all()
+    rest = [0, 1, 2, 4, 5, 6, 7, 8]
+    np.testing.assert_array_equal(got[rest], np.asarray(products.gated(x, first, second, activation, isa))[rest])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_feed_forward_block_takes_the_gated_product_where_there_is_one(dtype):
+    params, config = tiny_model()
+    spec, p = config.layers[0], jax.tree.map(lambda x: x.astype(dtype), params["layers"][0])
+    x = jax.random.normal(jax.random.key(0), (2, 3, config.width), dtype)
+
+    def block(x, p):
+        return ops.mlp(x, p, spec, p["ffn_norm"]).astype(jnp.float32) / 16
+
+    taken = native.GATED in jax.jit(block).lower(x, p).as_text()
+    assert taken == (dtype == "bfloat16" and native.best() == "amx")
+    close(both(block, x, p), 3e-2 if dtype == "bfloat16" else 2e-5)
+    close(both(jax.grad(lambda x, p: block(x, p).sum(), (0, 1)), x, p), 0.1 if dtype == "bfloat16" else 1e-4)
+    alone = jnp.stack([jax.jit(block)(x[i : i + 1], p)[0] for i in range(2)])
+    np.testing.assert_array_equal(jax.jit(block)(x, p), alone)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(block, (0, None)))(x, p), alone)
+    there = jax.export.export(jax.jit(block), platforms=["cuda"])(x, p).mlir_module()
+    assert native.GATED not in there
 
 
 # --- it lives with JAX's transformations ---------------------------------------------------------------------------

@@ -2,17 +2,17 @@
 //
 // w is loaded as it lies; x, of which every thread uses all, is packed once. A sum takes its terms in their order, two at
 // a time, whatever lies beside it, so no cut below changes its bits. Numbers are rounded to nearest; denormal ones count
-// as zero, in and out. Compiled with -mamx-tile -mamx-bf16 and the flags of avx512.cc.
+// as zero, in and
+// out. Compiled with -mamx-tile -mamx-bf16 and the flags of avx512bf16.cc.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include "tile.h"
+#include "amx.h"
+#include "attend.h"
+#include "avx512.h"
 
 namespace {
 
-constexpr int64_t SIDE = 16;         // rows of a tile
-constexpr int64_t LINE = 64;         // bytes of a row of it, and
-constexpr int64_t STEP = 32;         // numbers
+using Soft = Attend<Floating>;  // its exp and tanh
+
 constexpr int64_t STRIP = 2 * SIDE;  // rows of w that are multiplied together
 constexpr int64_t STREAMED = 2;      // up to so many tiles of x, w is read from memory at the pace that it is used
 constexpr int64_t HIGH = 8;          // tiles of x, by
@@ -39,61 +39,6 @@ struct Cut {
   int64_t sums() const { return 4 * SIDE * wide; }  // floats of two tiles of w times two of x
 };
 
-// Compilers do not know that tiles and their configuration are loaded from memory: what was stored before must be there.
-inline void stored(const void* at) { asm volatile("" ::"r"(at) : "memory"); }
-
-// Tiles 0 to 3 are sums, 4 and 5 of w, 6 and 7 of x.
-class Tiles {
- public:
-  explicit Tiles(const Cut& cut) {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; i++) {
-      config.rows[i] = SIDE;
-      config.bytes[i] = uint16_t(i == 4 || i == 5 ? LINE : cut.line());
-    }
-    stored(&config);
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-};
-
-// Rows become columns.
-inline void transpose(__m512i v[16]) {
-  __m512i t[16];
-  EACH(i, 8) {
-    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-  }
-  EACH(i, 4) {
-    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  EACH(i, 4) {
-    t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
-    t[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
-  }
-  EACH(i, 4) {
-    v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    v[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-    v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-    v[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-  }
-}
-
-inline __mmask16 first(int64_t n) { return __mmask16(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0); }
-inline __mmask32 first32(int64_t n) { return n >= 32 ? ~__mmask32(0) : n > 0 ? (__mmask32(1) << n) - 1 : 0; }
-
-// One step of `rows` rows of bfloat16 numbers, n of each; what is not there is zero.
-inline __m512i part(const uint16_t* row, int64_t n) { return _mm512_maskz_loadu_epi16(first32(n), row); }
-
 size_t shared(const Product& p) { return size_t(Cut(p).size()); }
 
 void pack(const Product& p, void* shared, int64_t tile) {
@@ -114,34 +59,35 @@ void pack(const Product& p, void* shared, int64_t tile) {
   }
 }
 
+// Rows of w that are multiplied together: a tile, and another below it or of a second weight.
+struct Strip {
+  const char *one, *other;
+  int64_t line, step;  // bytes from row to row, and from step to step
+  const char* row(int64_t r) const { return r < SIDE ? one + r * line : other + (r - SIDE) * line; }
+  Strip moved(int64_t bytes) const { return {one + bytes, other + bytes, line, step}; }
+};
+
 // What memory is asked for while a step is multiplied. One pair of tiles of x: bursts of lines down the rows of the strip,
 // somewhat before they are used. More: each asks for some rows of the strip that comes next.
 struct Asking {
-  const char *strip, *next;  // null where none comes next
-  int64_t line, steps;       // bytes from row to row; steps of a strip
-  int64_t row, rows;         // of the next strip; rows 0: in bursts
+  Strip strip, next;
+  bool more;          // whether there is a next one
+  int64_t steps;      // of a strip
+  int64_t row, rows;  // of the next strip; rows 0: in bursts
 };
 
 #define ASK(at) __builtin_prefetch(at, 0, SECOND_CACHE)
 
 inline __attribute__((always_inline)) void ask(const Asking& a, int64_t s) {
   if (a.rows) {
-    if (a.next)
-      for (int64_t r = a.row; r < a.row + a.rows; r++) ASK(a.next + r * a.line + s * LINE);
+    for (int64_t r = a.row; a.more && r < a.row + a.rows; r++) ASK(a.next.row(r) + s * LINE);
     return;
   }
-  int64_t column = s / BURST * BURST + AHEAD;
-  const char* at = column < a.steps ? a.strip + column * LINE : a.next ? a.next + (column - a.steps) * LINE : nullptr;
-  if (at)
-    for (int64_t r = s % BURST * STRIP / BURST, end = r + STRIP / BURST; r < end; r++)
-      EACH(i, BURST) ASK(at + r * a.line + i * LINE);
+  int64_t column = s / BURST * BURST + AHEAD, r = s % BURST * STRIP / BURST;
+  if (column >= a.steps && !a.more) return;
+  const char* at = column < a.steps ? a.strip.row(r) + column * LINE : a.next.row(r) + (column - a.steps) * LINE;
+  for (int64_t i = 0; i < STRIP / BURST; i++) EACH(j, BURST) ASK(at + i * a.strip.line + j * LINE);
 }
-
-// A strip of w: its first tile, bytes from row to row and from step to step.
-struct Strip {
-  const char* at;
-  int64_t line, step;
-};
 
 // Two tiles of w times one of x or BOTH, over some steps; sums [2, 2, 16, wide], begun ANEW or gone on with.
 template <bool BOTH, bool ANEW>
@@ -162,8 +108,8 @@ void multiply(const Strip& w, const char* x, const Cut& cut, int64_t steps, floa
   }
   for (int64_t s = 0; s < steps; s++) {
     _tile_loadd(6, x + s * size, line);
-    _tile_loadd(4, w.at + s * w.step, w.line);
-    _tile_loadd(5, w.at + s * w.step + SIDE * w.line, w.line);
+    _tile_loadd(4, w.one + s * w.step, w.line);
+    _tile_loadd(5, w.other + s * w.step, w.line);
     if (BOTH) _tile_loadd(7, x + cut.tile() + s * size, line);
     if (asking) ask(*asking, s);
     _tile_dpbf16ps(0, 4, 6);
@@ -183,14 +129,22 @@ Multiply chosen(bool both, bool anew) {
   return anew ? multiply<false, true> : multiply<false, false>;
 }
 
+// Of the rows from o on: how many outputs a strip has, and where it lies.
+int64_t outputs(const Product& p) { return p.other ? SIDE : STRIP; }
+
+Strip strip_of(const Product& p, int64_t o) {
+  int64_t bytes = p.inner * 2;
+  const char* one = (const char*)p.w + o * bytes;
+  return {one, p.other ? (const char*)p.other + o * bytes : one + SIDE * bytes, bytes, LINE};
+}
+
 // Steps of a strip as tiles side by side, [steps, 2, 16, 32], filled up with zeros.
-void copy(const Product& p, int64_t o, int64_t start, int64_t steps, char* to) {
+void copy(const Product& p, const Strip& strip, int64_t o, int64_t start, int64_t steps, char* to) {
   for (int64_t r = 0; r < STRIP; r++) {
-    const uint16_t* from = (const uint16_t*)p.w + (o + r) * p.inner;
-    for (int64_t s = 0; s < steps; s++) {
-      int64_t n = o + r < p.outer ? p.inner - (start + s) * STEP : 0;
-      _mm512_store_si512(to + (s * STRIP + r) * LINE, part(from + (start + s) * STEP, n));
-    }
+    bool there = o + r % outputs(p) < p.outer;
+    const uint16_t* from = (const uint16_t*)strip.row(r) + start * STEP;
+    for (int64_t s = 0; s < steps; s++)
+      _mm512_store_si512(to + (s * STRIP + r) * LINE, part(from + s * STEP, there ? p.inner - (start + s) * STEP : 0));
   }
 }
 
@@ -203,52 +157,95 @@ void put(const Product& p, const Cut& cut, const float* sums, int64_t o, int64_t
     _mm512_mask_storeu_epi32(p.y + (row + r) * p.outer + o, first(p.outer - o), v[r]);
 }
 
+__m512 activated(__m512 x, Activation activation) {
+  const __m512 one = _mm512_set1_ps(1);
+  if (activation == RELU) return _mm512_max_ps(_mm512_setzero_ps(), x);  // of a number that is none, x
+  if (activation == SILU) {
+    __m512 e = Soft::exp(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
+    __m512 above = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), one, e);
+    return _mm512_mul_ps(x, _mm512_div_ps(above, _mm512_add_ps(one, e)));
+  }
+  __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_mul_ps(x, _mm512_set1_ps(0.044715f)));
+  __m512 y = Soft::tanh(_mm512_mul_ps(_mm512_set1_ps(0.7978845608f), _mm512_add_ps(x, cube)));
+  return _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(0.5f), x), _mm512_add_ps(one, y));
+}
+
+// The same of a gate's tile and the one that it opens: activation(gate) * up, rounded to bfloat16.
+void put_gated(const Product& p, const Cut& cut, const float* gate, const float* up, int64_t o, int64_t row) {
+  __m512i v[16];
+  for (int r = 0; r < 16; r++) {
+    __m512 one = _mm512_maskz_loadu_ps(first(cut.wide), gate + r * cut.wide);
+    __m512 other = _mm512_maskz_loadu_ps(first(cut.wide), up + r * cut.wide);
+    v[r] = (__m512i)_mm512_mul_ps(activated(one, p.activation), other);
+  }
+  transpose(v);
+  for (int64_t r = 0; r < least(cut.wide, p.rows - row); r++) {
+    __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)v[r]);
+    _mm256_mask_storeu_epi16(p.half + (row + r) * p.outer + o, first(p.outer - o), half);
+  }
+}
+
+// Sums of a strip and of tile t of x, or of it and the one after.
+void put(const Product& p, const Cut& cut, const float* sums, int64_t o, int64_t t, bool both) {
+  for (int64_t i = 0; i < (both ? 2 : 1); i++) {
+    const float *one = sums + i * SIDE * cut.wide, *other = one + 2 * SIDE * cut.wide;
+    int64_t row = (t + i) * cut.wide;
+    if (p.other) {
+      put_gated(p, cut, one, other, o, row);
+      continue;
+    }
+    put(p, cut, one, o, row);
+    if (o + SIDE < p.outer) put(p, cut, other, o + SIDE, row);
+  }
+}
+
 constexpr int64_t COPIED = SHORT * STRIP * LINE;  // bytes
 
 // Sums of a strip and two tiles of x wait for the next chunk; where there is one only, they have one place.
-int64_t places(const Cut& cut) { return cut.steps <= cut.chunk ? 1 : MOST_COLUMNS / STRIP * HIGH / 2; }
+int64_t places(const Product& p, const Cut& cut) {
+  return cut.steps <= cut.chunk ? 1 : MOST_COLUMNS / outputs(p) * HIGH / 2;
+}
 
 size_t scratch(const Product& p) {
   Cut cut(p);
-  return size_t(COPIED + places(cut) * cut.sums() * int64_t(sizeof(float)));
+  return size_t(COPIED + places(p, cut) * cut.sums() * int64_t(sizeof(float)));
 }
 
 void prepare(const Product&, void*) {}
 
-// The strip from row o on and the chunk from step `start` on, times tile t of x and the one after it, if BOTH.
+// The strip from output o on and the chunk from step `start` on, times tile t of x and the one after it, if BOTH.
 void add(const Product& p, const Cut& cut, char* copied, float* sums, int64_t o, int64_t start, int64_t t, bool both,
          const Asking& asking) {
   const char* x = (const char*)p.shared;
   int64_t end = least(start + cut.chunk, cut.steps), whole = start + asking.steps;
   if (start < whole)
-    chosen(both, start == 0)({asking.strip, asking.line, LINE}, x + cut.place(t, start), cut, whole - start, sums, &asking);
+    chosen(both, start == 0)(asking.strip, x + cut.place(t, start), cut, whole - start, sums, &asking);
   for (int64_t s = whole; s < end; s += SHORT) {
     int64_t steps = least(SHORT, end - s);
-    copy(p, o, s, steps, copied);
-    chosen(both, s == 0)({copied, LINE, STRIP * LINE}, x + cut.place(t, s), cut, steps, sums, nullptr);
+    copy(p, strip_of(p, o), o, s, steps, copied);
+    Strip side_by_side{copied, copied + SIDE * LINE, LINE, STRIP * LINE};
+    chosen(both, s == 0)(side_by_side, x + cut.place(t, s), cut, steps, sums, nullptr);
   }
 }
 
 void columns(const Product& p, void* scratch, int64_t begin, int64_t end) {
   Cut cut(p);
-  Tiles configured(cut);
+  Tiles configured(cut.wide);
   char* copied = (char*)scratch;
-  int64_t bytes = p.inner * 2, apart = places(cut) == 1 ? 0 : cut.sums();
+  int64_t high = outputs(p), apart = places(p, cut) == 1 ? 0 : cut.sums();
   for (int64_t tile = 0; tile < cut.tiles; tile += HIGH) {
     int64_t last = least(tile + HIGH, cut.tiles), pairs = parts(last - tile, 2);
     for (int64_t start = 0; start < cut.steps; start += cut.chunk)
-      for (int64_t o = begin; o < end; o += STRIP) {
-        const char* w = (const char*)p.w + o * bytes + start * LINE;
-        int64_t steps = o + STRIP <= p.outer ? least(cut.chunk, p.inner / STEP - start) : 0;
-        Asking asking{w, o + 2 * STRIP <= p.outer ? w + STRIP * bytes : nullptr, bytes, steps, 0, 0};
+      for (int64_t o = begin; o < end; o += high) {
+        Strip strip = strip_of(p, o).moved(start * LINE);
+        int64_t steps = o + high <= p.outer ? least(cut.chunk, p.inner / STEP - start) : 0;
+        Asking asking{strip, strip.moved(high * p.inner * 2), o + 2 * high <= p.outer, steps, 0, 0};
         if (pairs > 1) asking.rows = parts(STRIP, pairs);
-        float* sums = (float*)(copied + COPIED) + (o - begin) / STRIP * (HIGH / 2) * apart;
+        float* sums = (float*)(copied + COPIED) + (o - begin) / high * (HIGH / 2) * apart;
         for (int64_t t = tile; t < last; t += 2, sums += apart, asking.row += asking.rows) {
           bool both = t + 1 < last;
           add(p, cut, copied, sums, o, start, t, both, asking);
-          for (int64_t i = 0; start + cut.chunk >= cut.steps && i < (both ? 2 : 1); i++)
-            for (int64_t j = 0; j < 2 && o + j * SIDE < p.outer; j++)
-              put(p, cut, sums + (2 * j + i) * SIDE * cut.wide, o + j * SIDE, (t + i) * cut.wide);
+          if (start + cut.chunk >= cut.steps) put(p, cut, sums, o, t, both);
         }
       }
   }
@@ -257,4 +254,5 @@ void columns(const Product& p, void* scratch, int64_t begin, int64_t end) {
 }  // namespace
 
 const Kernel amx_bf16 = {scratch, prepare, columns, shared, pack, STRIP, SIDE};
+const Kernel amx_gated = {scratch, prepare, columns, shared, pack, SIDE, SIDE};
 #endif

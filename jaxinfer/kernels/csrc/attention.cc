@@ -75,9 +75,31 @@ class Attending : public Job {
   float* const sums_;
 };
 
+class Crowding : public Job {
+ public:
+  Crowding(const Attention& a, const Crowd& crowd) : Job(a.B * a.K * crowd.blocks(a)), a_(a), crowd_(crowd) {}
+
+ private:
+  size_t scratch() override { return crowd_.scratch(a_); }
+  void block(int64_t index, void* scratch) override {  // the last ones, which see most, first
+    int64_t row = index % (a_.B * a_.K), block = crowd_.blocks(a_) - 1 - index / (a_.B * a_.K);
+    crowd_.block(a_, row / a_.K, row % a_.K, block, scratch);
+  }
+
+  const Attention a_;
+  const Crowd& crowd_;
+};
+
 ffi::Error attend(const Attention& a, Form form, bool half, ffi::ThreadPool& pool, int32_t isa, int32_t threads) {
   if (isa > best_isa()) return ffi::Error::InvalidArgument("this machine has no such instruction set");
   if (!a.B || !a.T || !a.N || !a.H) return ffi::Error::Success();
+#if WITH_AMX
+  if ((isa < 0 ? best_isa() : isa) == AMX && form == BF16 && half && a.T > FEW) {
+    if (!Job::share(pool, std::make_shared<Crowding>(a, amx_crowd), threads > 0 ? threads : pool.num_threads()))
+      return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention found no memory for its scratch");
+    return ffi::Error::Success();
+  }
+#endif
   std::vector<Range> ranges(a.B);
   int64_t spans = 0, slots = 0, size = a.queries() * (a.H + 2);
   for (int64_t b = 0; b < a.B; b++) {

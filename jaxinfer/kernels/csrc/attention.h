@@ -47,9 +47,19 @@ struct Attender {
   void (*merge)(const Attention&, int64_t b, int64_t h, int64_t spans, const float* sums);  // of all its spans
 };
 
+// Many queries of a row: a block of them, all of row b and kv head h, from their first slot to their last.
+struct Crowd {
+  int64_t (*blocks)(const Attention&);  // of a row and kv head
+  size_t (*scratch)(const Attention&);  // bytes
+  void (*block)(const Attention&, int64_t b, int64_t h, int64_t index, void* scratch);
+};
+
+constexpr int64_t FEW = 16;  // tokens of a row, whose queries are no crowd
+
 extern const Attender portable_attend_f32, portable_attend_bf16, portable_attend_int8;
 #if defined(__x86_64__)
 extern const Attender avx2_attend_f32, avx2_attend_bf16, avx2_attend_int8;
 extern const Attender avx512_attend_f32, avx512_attend_bf16, avx512_attend_int8;
+extern const Crowd amx_crowd;
 extern const Attender avx512bf16_attend, avx512vnni_attend;  // of queries that are numbers of bfloat16: bfloat16, int8
 #endif

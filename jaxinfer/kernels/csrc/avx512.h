@@ -35,4 +35,8 @@ struct Sixteen : Lanes {  // numbers of float32
   static V step(V sum, X x, X w) { return _mm512_fmadd_ps(x, w, sum); }
 };
 
+struct Floating : Sixteen {
+  using Elem = float;
+};
+
 }  // namespace

@@ -16,17 +16,18 @@ constexpr int64_t FEW_ROWS = 32;             // the time goes into reading w,
 constexpr int64_t BLOCK_BYTES = 1 << 20;     // of which a thread takes so much at a time
 
 // What w is kept in; and x in codes too.
-enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, ROUNDED8 = 4, ROUNDED4 = 5 };
-constexpr int64_t BITS[] = {32, 16, 8, 4, 8, 4};
+enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, ROUNDED8 = 4, ROUNDED4 = 5, GATED = 6 };  // two of BF16
+constexpr int64_t BITS[] = {32, 16, 8, 4, 8, 4, 32};
 
 const Kernel& choose(int32_t isa, Form form) {
+#if WITH_AMX
+  if (isa == AMX && form == BF16) return amx_bf16;
+  if (form == GATED) return amx_gated;
+#endif
 #if WITH_AVX512
   static const Kernel* const avx512[] = {&avx512_f32, &avx512_bf16, &avx512_int8, &avx512_int4};
   if (form >= ROUNDED8 && isa > AVX2 && has_vnni()) return form == ROUNDED8 ? avx512vnni_int8 : avx512vnni_int4;
   if (form >= ROUNDED8) isa = AVX2;
-#if WITH_AMX
-  if (isa == AMX && form == BF16) return amx_bf16;
-#endif
   if (isa >= AVX512BF16 && form == BF16) return avx512bf16_bf16;
   if (isa >= AVX512) return *avx512[form];
 #endif
@@ -96,7 +97,7 @@ ffi::Error multiply(ffi::ThreadPool& pool, Product p, Form form, int32_t isa, in
   if (isa > best_isa()) return ffi::Error::InvalidArgument("this machine has no such instruction set");
   if (!p.rows || !p.outer) return ffi::Error::Success();
   if (!p.inner) {
-    for (int64_t i = 0; i < p.rows * p.outer; i++) p.y[i] = 0;
+    for (int64_t i = 0; i < p.rows * p.outer; i++) p.half ? void(p.half[i] = 0) : void(p.y[i] = 0);
     return ffi::Error::Success();
   }
 
@@ -158,6 +159,18 @@ ffi::Error coded(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w
   return multiply(pool, p, int8 ? INT8 : INT4, isa, threads);
 }
 
+ffi::Error gated(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::BF16> gate, ffi::Buffer<ffi::BF16> up,
+                 ffi::ResultBuffer<ffi::BF16> y, int32_t activation, int32_t isa, int32_t threads) {
+  auto xs = x.dimensions(), gs = gate.dimensions(), us = up.dimensions(), ys = y->dimensions();
+  bool fits = xs.size() == 2 && gs.size() == 2 && us.size() == 2 && ys.size() == 2 && xs[1] == gs[1] && gs[0] == us[0] &&
+              gs[1] == us[1] && ys[0] == xs[0] && ys[1] == gs[0];
+  if (!fits) return ffi::Error::InvalidArgument("a gate takes x [M, I] and two weights [O, I], and gives y [M, O]");
+  if ((isa < 0 ? best_isa() : isa) != AMX) return ffi::Error::InvalidArgument("gated products are made by AMX alone");
+  Product p{x.untyped_data(), gate.untyped_data(), nullptr, xs[0], xs[1], gs[0]};
+  p.other = up.untyped_data(), p.half = (uint16_t*)y->untyped_data(), p.activation = Activation(activation);
+  return multiply(pool, p, GATED, isa, threads);
+}
+
 }  // namespace
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
@@ -186,3 +199,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_coded, coded,
                                   .Attr<int32_t>("isa")
                                   .Attr<int32_t>("threads")
                                   .Attr<int32_t>("dynamic"));
+
+EXPORTED XLA_FFI_Error* jaxinfer_gated(XLA_FFI_CallFrame*);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_gated, gated,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Ret<ffi::Buffer<ffi::BF16>>()
+                                  .Attr<int32_t>("activation")
+                                  .Attr<int32_t>("isa")
+                                  .Attr<int32_t>("threads"));

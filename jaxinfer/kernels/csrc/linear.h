@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+enum Activation : int32_t { SILU = 0, GELU_TANH = 1, RELU = 2 };
+
 struct Product {
   const void* x;  // [rows, inner]
   const void* w;  // [outer, inner]; of four bits [outer, inner / 2], see UNIT
@@ -16,6 +18,9 @@ struct Product {
   const void* scale = nullptr;  // of int8 [outer] float32; of four bits [outer, inner / group] float16
   int64_t group = 0;            // a multiple of UNIT
   const void* shared = nullptr;  // x as the kernel packed it
+  const void* other = nullptr;   // a second weight: the first is a gate, and what they make is [rows, outer] bfloat16
+  uint16_t* half = nullptr;
+  Activation activation = SILU;
 };
 
 constexpr int COLUMNS = 4;              // rows of w that are multiplied together
@@ -43,5 +48,5 @@ extern const Kernel avx2_f32, avx2_bf16, avx2_int8, avx2_int4, avx2_rounded8, av
 extern const Kernel avx512_f32, avx512_bf16, avx512_int8, avx512_int4;
 extern const Kernel avx512bf16_bf16;
 extern const Kernel avx512vnni_int8, avx512vnni_int4;
-extern const Kernel amx_bf16;
+extern const Kernel amx_bf16, amx_gated;
 #endif

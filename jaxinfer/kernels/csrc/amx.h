@@ -1,0 +1,70 @@
+// What the AMX files share: tiles of 16 lines of 64 bytes, and how numbers come to lie in them.
+#pragma once
+
+#include <immintrin.h>
+
+#include "tile.h"
+
+namespace {
+
+constexpr int64_t SIDE = 16;  // lines of a tile
+constexpr int64_t LINE = 64;  // bytes of one, and
+constexpr int64_t STEP = 32;  // numbers
+
+// Compilers do not know that tiles and their configuration are loaded from memory: what was stored before must be there.
+inline void stored(const void* at) { asm volatile("" ::"r"(at) : "memory"); }
+
+// Tiles 0 to 3 are sums, 4 and 5 are left of a product, 6 and 7 right of it: so many columns, of four bytes, have these,
+// and the sums.
+class Tiles {
+ public:
+  explicit Tiles(int64_t columns) {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; i++) {
+      config.rows[i] = SIDE;
+      config.bytes[i] = uint16_t(i == 4 || i == 5 ? LINE : columns * 4);
+    }
+    stored(&config);
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// Rows become columns.
+inline void transpose(__m512i v[16]) {
+  __m512i t[16];
+  EACH(i, 8) {
+    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+  }
+  EACH(i, 4) {
+    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  EACH(i, 4) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
+  }
+  EACH(i, 4) {
+    v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    v[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    v[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
+inline __mmask16 first(int64_t n) { return __mmask16(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0); }
+inline __mmask32 first32(int64_t n) { return n >= 32 ? ~__mmask32(0) : n > 0 ? (__mmask32(1) << n) - 1 : 0; }
+
+// One step of `rows` rows of bfloat16 numbers, n of each; what is not there is zero.
+inline __m512i part(const uint16_t* row, int64_t n) { return _mm512_maskz_loadu_epi16(first32(n), row); }
+
+}  // namespace
