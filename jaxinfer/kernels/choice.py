@@ -52,6 +52,15 @@ class KernelChoice:
         reason, remedy = unknown(x, *w), "use float32 or bfloat16 for both"
         return products.product if self.taken("linear", "cpu", reason, remedy, x, *w) else None
 
+    def readable(self, x: Array, codes: Array, dynamic: bool) -> Array:
+        """x [M, I] as `product` takes it beside codes: float32, or bfloat16 as it is where AMX multiplies it with int8.
+
+        It does where there are more than LONE rows: fewer are sooner multiplied as float32.
+        """
+        asked = self.linear == "cpu" or (self.linear == "auto" and device().platform == "cpu")
+        exact = len(x) > products.LONE and x.dtype == jnp.bfloat16 and codes.dtype == jnp.int8 and not dynamic
+        return x if asked and exact and native.best() == "amx" else x.astype(jnp.float32)
+
     def gates(self, activation: str, x: Array, *weights: Array) -> Callable[..., Array] | None:
         """The kernel that makes activation(x gate) * (x up), called as (twin, activation, x [M, I], gate, up [O, I]).
 
@@ -112,7 +121,7 @@ def unknown(x: Array, w: Array, scale: Array | None = None) -> str | None:
     if scale is None:
         known = x.dtype == w.dtype and w.dtype in (jnp.float32, jnp.bfloat16)
     elif w.dtype == jnp.int8:
-        known = x.dtype == scale.dtype == jnp.float32
+        known = x.dtype in (jnp.float32, jnp.bfloat16) and scale.dtype == jnp.float32
     else:
         known = (x.dtype, w.dtype, scale.dtype) == (jnp.float32, jnp.uint8, jnp.float16)
         known = known and x.shape[1] % (scale.shape[1] * products.UNIT) == 0

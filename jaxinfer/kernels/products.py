@@ -21,6 +21,7 @@ from jaxinfer.kernels.native import BEST, CODED, GATED, ISAS, LINEAR, demand
 
 BLOCK = 32  # numbers of x that share a scale where x is rounded
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}  # which a kernel works out after two products
+LONE = 4  # rows that AMX would multiply with codes slower than AVX-512 does: making numbers of these takes its time
 UNIT = 32  # codes of four bits lie together, the first half of them in the low bits of 16 bytes
 
 
@@ -34,7 +35,8 @@ def linear(
 ) -> jax.Array:
     """x [M, I] times w [O, I] transposed, both float32 or both bfloat16: [M, O] float32. The bare kernel.
 
-    scale: w is codes, of which the kernel makes float32 numbers on the way; x is float32. [O] float32: w is int8.
+    scale: w is codes, of which the kernel makes float32 numbers on the way; x is float32. [O] float32: w is int8, and x
+    may be bfloat16 where there is AMX, which makes numbers of bfloat16 of the codes, as exactly.
     [O, I / g] float16, g a multiple of UNIT: w is [O, I / 2] uint8, two codes of four bits each, 0 to 15 for -8 to 7.
     dynamic: x is rounded to int8 first, BLOCK neighbours to a scale (`quantization.rounded`), and codes meet codes.
     isa: one of ISAS, for tests; by default the best that the machine has. threads: by default as many as XLA has, or

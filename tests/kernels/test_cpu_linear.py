@@ -32,6 +32,7 @@ def isa(request):
 
 
 EVERY_ISA = pytest.mark.parametrize("isa", native.ISAS, indirect=True)
+TILES = pytest.mark.parametrize("isa", ["amx"], indirect=True)
 
 
 def arrays(shape, dtype, seed=0):
@@ -150,6 +151,30 @@ def test_rounded_rows_are_multiplied_as_what_their_codes_stand_for(shape, form, 
     assert (np.abs(coded(x, leaf, isa, dynamic=True) - truth) <= 1e-6 * size).all()
 
 
+@TILES
+@pytest.mark.parametrize("shape", [*CODED_SHAPES, (40, 100, 70), (150, 4133, 77)], ids=str)
+def test_int8_is_multiplied_with_bfloat16_exactly_and_a_row_has_the_same_bits_in_any_company(shape, isa):
+    x, w = arrays(shape, jnp.bfloat16)
+    leaf = in_codes(w.astype(jnp.float32), "int8")
+    leaf = leaf.replace(codes=leaf.codes.at[0, 0].set(-128))
+    whole = np.asarray(coded(x, leaf, isa))
+    truth, size = exact(x, leaf.decode())
+    assert (np.abs(whole - truth) <= 1e-6 * size).all()
+    for rows in {1, min(shape[0], 20), min(shape[0], 40)}:
+        np.testing.assert_array_equal(coded(x[-rows:], leaf, isa, 2), whole[-rows:])
+
+
+@pytest.mark.parametrize("rows", [products.LONE, products.LONE + 1])
+def test_bfloat16_beside_int8_is_widened_but_where_tiles_are_faster(rows):
+    x, w = arrays((rows, 64, 32), jnp.bfloat16)
+    leaf = in_codes(w.astype(jnp.float32), "int8")
+    widened = rows <= products.LONE or native.best() != "amx"
+    assert kernels.choice().readable(x, leaf.codes, False).dtype == (jnp.float32 if widened else jnp.bfloat16)
+    assert kernels.choice().readable(x, leaf.codes, True).dtype == jnp.float32
+    truth, size = exact(x, leaf.decode())
+    assert (np.abs(leaf.multiply(x) - truth) <= 1e-6 * size).all()
+
+
 @EVERY_ISA
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("inner", [1, 17, 33, 100, 1025])
@@ -255,7 +280,6 @@ def test_a_lone_row_of_linear_has_the_bits_it_has_in_a_batch(rows, dtype):
 # --- a gate and what it opens --------------------------------------------------------------------------------------
 
 GATES = pytest.mark.parametrize("activation", products.ACTIVATIONS)
-TILES = pytest.mark.parametrize("isa", ["amx"], indirect=True)
 
 
 def gate(shape, seed=0):

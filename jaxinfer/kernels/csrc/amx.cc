@@ -1,6 +1,6 @@
 // Tiles of AMX: 16 rows of w times 16 rows of x, 32 numbers of each at once, at ten times the rate of vdpbf16ps.
 //
-// w is loaded as it lies; x, of which every thread uses all, is packed once. A sum takes its terms in their order, two at
+// w is loaded as it lies, or widened where it is codes; x, of which every thread uses all, is packed once. A sum takes its terms in their order, two at
 // a time, whatever lies beside it, so no cut below changes its bits. Numbers are rounded to nearest; denormal ones count
 // as zero, in and
 // out. Compiled with -mamx-tile -mamx-bf16 and the flags of avx512bf16.cc.
@@ -17,7 +17,7 @@ constexpr int64_t STRIP = 2 * SIDE;  // rows of w that are multiplied together
 constexpr int64_t STREAMED = 2;      // up to so many tiles of x, w is read from memory at the pace that it is used
 constexpr int64_t HIGH = 8;          // tiles of x, by
 constexpr int64_t LONG = 64;         // steps, stay in the second cache, beside so much of a strip
-constexpr int64_t SHORT = 4;         // steps of a strip that are copied at once
+constexpr int64_t RING = 8;          // steps that are widened from codes, half of them ahead
 constexpr int64_t BURST = 4;         // lines of a row that memory is asked for together
 constexpr int64_t AHEAD = 2 * BURST;  // steps, before they are used
 
@@ -77,8 +77,9 @@ struct Asking {
 };
 
 #define ASK(at) __builtin_prefetch(at, 0, SECOND_CACHE)
+#define INLINE inline __attribute__((always_inline))  // GCC leaves out a call of what only asks: it has no effect
 
-inline __attribute__((always_inline)) void ask(const Asking& a, int64_t s) {
+INLINE void ask(const Asking& a, int64_t s) {
   if (a.rows) {
     for (int64_t r = a.row; a.more && r < a.row + a.rows; r++) ASK(a.next.row(r) + s * LINE);
     return;
@@ -89,11 +90,71 @@ inline __attribute__((always_inline)) void ask(const Asking& a, int64_t s) {
   for (int64_t i = 0; i < STRIP / BURST; i++) EACH(j, BURST) ASK(at + i * a.strip.line + j * LINE);
 }
 
+// Of the rows from o on: how many outputs a strip has, and where it lies.
+int64_t outputs(const Product& p) { return p.other ? SIDE : STRIP; }
+
+Strip strip_of(const Product& p, int64_t o) {
+  int64_t bytes = p.inner * (p.scale ? 1 : 2);
+  const char* one = (const char*)p.w + o * bytes;
+  return {one, p.other ? (const char*)p.other + o * bytes : one + SIDE * bytes, bytes, LINE};
+}
+
+// STEP codes as numbers of bfloat16, which all of them are.
+inline __m512i widened(const char* from, int64_t n) {
+  __m256i codes = n >= STEP ? _mm256_loadu_si256((const __m256i*)from) : _mm256_maskz_loadu_epi8(first32(n), from);
+  __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+  __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// Where the tiles of a step are: as they lie, while memory is asked for others;
+struct Lying {
+  Strip w;
+  const Asking* asking;
+  void prepare() {}
+  const char* one(int64_t s) const { return w.one + s * w.step; }
+  const char* other(int64_t s) const { return w.other + s * w.step; }
+  int64_t line() const { return w.line; }
+  INLINE void meanwhile(int64_t s) {
+    if (asking) ask(*asking, s);
+  }
+};
+
+// or codes, which are widened a few steps ahead, a line of them at a time.
+struct Widening {
+  const Product& p;
+  Strip w;
+  Asking asking;  // of lines
+  int64_t o, steps;
+  char* ring;  // [RING, 2, 16, 32]
+  void prepare() {
+    for (int64_t s = 0; s < RING / 2; s += 2) widen(s);
+  }
+  const char* one(int64_t s) const { return ring + s % RING * STRIP * LINE; }
+  const char* other(int64_t s) const { return one(s) + SIDE * LINE; }
+  int64_t line() const { return LINE; }
+  INLINE void meanwhile(int64_t s) {
+    if (s % 2) return;
+    ask(asking, s / 2);
+    widen(s + RING / 2);
+  }
+  INLINE void widen(int64_t s) {
+    if (s >= steps) return;
+    for (int64_t r = 0; r < STRIP; r++) {
+      int64_t n = o + r < p.outer ? p.inner - s * STEP : 0;
+      char* to = ring + (s % RING * STRIP + r) * LINE;
+      _mm512_store_si512(to, widened(w.row(r) + s * STEP, n));
+      _mm512_store_si512(to + STRIP * LINE, widened(w.row(r) + (s + 1) * STEP, n - STEP));
+    }
+  }
+};
+
 // Two tiles of w times one of x or BOTH, over some steps; sums [2, 2, 16, wide], begun ANEW or gone on with.
-template <bool BOTH, bool ANEW>
-void multiply(const Strip& w, const char* x, const Cut& cut, int64_t steps, float* to, const Asking* asking) {
+template <bool BOTH, bool ANEW, class Weights>
+void multiply(Weights& w, const char* x, const Cut& cut, int64_t steps, float* to) {
   char* sums = (char*)to;
   int64_t line = cut.line(), size = cut.step();
+  w.prepare();
   stored(to);
   if (ANEW) {
     _tile_zero(0);
@@ -107,11 +168,11 @@ void multiply(const Strip& w, const char* x, const Cut& cut, int64_t steps, floa
     if (BOTH) _tile_loadd(3, sums + 3 * size, line);
   }
   for (int64_t s = 0; s < steps; s++) {
+    _tile_loadd(4, w.one(s), w.line());
+    _tile_loadd(5, w.other(s), w.line());
+    w.meanwhile(s);
     _tile_loadd(6, x + s * size, line);
-    _tile_loadd(4, w.one + s * w.step, w.line);
-    _tile_loadd(5, w.other + s * w.step, w.line);
     if (BOTH) _tile_loadd(7, x + cut.tile() + s * size, line);
-    if (asking) ask(*asking, s);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(2, 5, 6);
     if (BOTH) _tile_dpbf16ps(1, 4, 7);
@@ -123,35 +184,36 @@ void multiply(const Strip& w, const char* x, const Cut& cut, int64_t steps, floa
   if (BOTH) _tile_stored(3, sums + 3 * size, line);
 }
 
-using Multiply = decltype(&multiply<true, true>);
-Multiply chosen(bool both, bool anew) {
-  if (both) return anew ? multiply<true, true> : multiply<true, false>;
-  return anew ? multiply<false, true> : multiply<false, false>;
-}
-
-// Of the rows from o on: how many outputs a strip has, and where it lies.
-int64_t outputs(const Product& p) { return p.other ? SIDE : STRIP; }
-
-Strip strip_of(const Product& p, int64_t o) {
-  int64_t bytes = p.inner * 2;
-  const char* one = (const char*)p.w + o * bytes;
-  return {one, p.other ? (const char*)p.other + o * bytes : one + SIDE * bytes, bytes, LINE};
+template <class Weights>
+void multiply(bool both, bool anew, Weights w, const char* x, const Cut& cut, int64_t steps, float* to) {
+  auto chosen = both ? anew ? multiply<true, true, Weights> : multiply<true, false, Weights>
+                     : anew ? multiply<false, true, Weights> : multiply<false, false, Weights>;
+  chosen(w, x, cut, steps, to);
 }
 
 // Steps of a strip as tiles side by side, [steps, 2, 16, 32], filled up with zeros.
-void copy(const Product& p, const Strip& strip, int64_t o, int64_t start, int64_t steps, char* to) {
+void copy(const Product& p, int64_t o, int64_t start, int64_t steps, char* to) {
+  Strip strip = strip_of(p, o);
   for (int64_t r = 0; r < STRIP; r++) {
     bool there = o + r % outputs(p) < p.outer;
-    const uint16_t* from = (const uint16_t*)strip.row(r) + start * STEP;
-    for (int64_t s = 0; s < steps; s++)
-      _mm512_store_si512(to + (s * STRIP + r) * LINE, part(from + s * STEP, there ? p.inner - (start + s) * STEP : 0));
+    const char* row = strip.row(r);
+    for (int64_t s = 0; s < steps; s++) {
+      int64_t n = there ? p.inner - (start + s) * STEP : 0, from = (start + s) * STEP;
+      __m512i line = p.scale ? widened(row + from, n) : part((const uint16_t*)row + from, n);
+      _mm512_store_si512(to + (s * STRIP + r) * LINE, line);
+    }
   }
 }
 
 // Sums of one tile of w and one of x become a part of y.
 void put(const Product& p, const Cut& cut, const float* sums, int64_t o, int64_t row) {
   __m512i v[16];
-  for (int r = 0; r < 16; r++) v[r] = _mm512_maskz_loadu_epi32(first(cut.wide), sums + r * cut.wide);
+  const float* scale = (const float*)p.scale + o;
+  for (int r = 0; r < 16; r++) {
+    __m512 sum = _mm512_maskz_loadu_ps(first(cut.wide), sums + r * cut.wide);
+    if (p.scale && o + r < p.outer) sum = _mm512_mul_ps(sum, _mm512_set1_ps(scale[r]));
+    v[r] = (__m512i)sum;
+  }
   transpose(v);
   for (int64_t r = 0; r < least(cut.wide, p.rows - row); r++)
     _mm512_mask_storeu_epi32(p.y + (row + r) * p.outer + o, first(p.outer - o), v[r]);
@@ -199,7 +261,7 @@ void put(const Product& p, const Cut& cut, const float* sums, int64_t o, int64_t
   }
 }
 
-constexpr int64_t COPIED = SHORT * STRIP * LINE;  // bytes
+constexpr int64_t COPIED = LONG * STRIP * LINE;  // bytes
 
 // Sums of a strip and two tiles of x wait for the next chunk; where there is one only, they have one place.
 int64_t places(const Product& p, const Cut& cut) {
@@ -215,16 +277,21 @@ void prepare(const Product&, void*) {}
 
 // The strip from output o on and the chunk from step `start` on, times tile t of x and the one after it, if BOTH.
 void add(const Product& p, const Cut& cut, char* copied, float* sums, int64_t o, int64_t start, int64_t t, bool both,
-         const Asking& asking) {
+         bool fresh, const Asking& asking) {
   const char* x = (const char*)p.shared;
   int64_t end = least(start + cut.chunk, cut.steps), whole = start + asking.steps;
+  if (p.scale && cut.tiles <= STREAMED) {
+    Widening w{p, asking.strip, asking, o, cut.steps, copied};
+    w.asking.steps = p.inner / LINE;
+    return multiply(both, true, w, x, cut, cut.steps, sums);
+  }
   if (start < whole)
-    chosen(both, start == 0)(asking.strip, x + cut.place(t, start), cut, whole - start, sums, &asking);
-  for (int64_t s = whole; s < end; s += SHORT) {
-    int64_t steps = least(SHORT, end - s);
-    copy(p, strip_of(p, o), o, s, steps, copied);
-    Strip side_by_side{copied, copied + SIDE * LINE, LINE, STRIP * LINE};
-    chosen(both, s == 0)(side_by_side, x + cut.place(t, s), cut, steps, sums, nullptr);
+    multiply(both, start == 0, Lying{asking.strip, &asking}, x + cut.place(t, start), cut, whole - start, sums);
+  for (int64_t s = whole; s < end; s += LONG) {  // the rest of a row, the last rows, or codes for all tiles of x
+    int64_t steps = least(LONG, end - s);
+    if (fresh || cut.tiles <= STREAMED) copy(p, o, s, steps, copied);
+    Strip copy{copied, copied + SIDE * LINE, LINE, STRIP * LINE};
+    multiply(both, s == 0, Lying{copy, nullptr}, x + cut.place(t, s), cut, steps, sums);
   }
 }
 
@@ -238,13 +305,13 @@ void columns(const Product& p, void* scratch, int64_t begin, int64_t end) {
     for (int64_t start = 0; start < cut.steps; start += cut.chunk)
       for (int64_t o = begin; o < end; o += high) {
         Strip strip = strip_of(p, o).moved(start * LINE);
-        int64_t steps = o + high <= p.outer ? least(cut.chunk, p.inner / STEP - start) : 0;
+        int64_t steps = o + high <= p.outer && !p.scale ? least(cut.chunk, p.inner / STEP - start) : 0;
         Asking asking{strip, strip.moved(high * p.inner * 2), o + 2 * high <= p.outer, steps, 0, 0};
         if (pairs > 1) asking.rows = parts(STRIP, pairs);
         float* sums = (float*)(copied + COPIED) + (o - begin) / high * (HIGH / 2) * apart;
         for (int64_t t = tile; t < last; t += 2, sums += apart, asking.row += asking.rows) {
           bool both = t + 1 < last;
-          add(p, cut, copied, sums, o, start, t, both, asking);
+          add(p, cut, copied, sums, o, start, t, both, t == tile, asking);
           if (start + cut.chunk >= cut.steps) put(p, cut, sums, o, t, both);
         }
       }
@@ -254,5 +321,6 @@ void columns(const Product& p, void* scratch, int64_t begin, int64_t end) {
 }  // namespace
 
 const Kernel amx_bf16 = {scratch, prepare, columns, shared, pack, STRIP, SIDE};
+const Kernel amx_int8 = {scratch, prepare, columns, shared, pack, STRIP, SIDE};
 const Kernel amx_gated = {scratch, prepare, columns, shared, pack, SIDE, SIDE};
 #endif

@@ -15,13 +15,14 @@ constexpr int64_t SMALL_WORK = 1 << 20;      // multiplications, that are done b
 constexpr int64_t FEW_ROWS = 32;             // the time goes into reading w,
 constexpr int64_t BLOCK_BYTES = 1 << 20;     // of which a thread takes so much at a time
 
-// What w is kept in; and x in codes too.
-enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, ROUNDED8 = 4, ROUNDED4 = 5, GATED = 6 };  // two of BF16
-constexpr int64_t BITS[] = {32, 16, 8, 4, 8, 4, 32};
+// What w is kept in; and x in codes too, or in bfloat16 beside codes; and two of bfloat16.
+enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, ROUNDED8 = 4, ROUNDED4 = 5, HALF8 = 6, GATED = 7 };
+constexpr int64_t BITS[] = {32, 16, 8, 4, 8, 4, 8, 32};
 
 const Kernel& choose(int32_t isa, Form form) {
 #if WITH_AMX
   if (isa == AMX && form == BF16) return amx_bf16;
+  if (form == HALF8) return amx_int8;
   if (form == GATED) return amx_gated;
 #endif
 #if WITH_AVX512
@@ -136,7 +137,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   return multiply(pool, p, bf16 ? BF16 : F32, isa, threads);
 }
 
-ffi::Error coded(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::AnyBuffer scale,
+ffi::Error coded(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer scale,
                  ffi::ResultBuffer<ffi::F32> y, int32_t isa, int32_t threads, int32_t dynamic) {
   auto xs = x.dimensions(), ws = w.dimensions(), ss = scale.dimensions(), ys = y->dimensions();
   bool int8 = w.element_type() == ffi::S8;
@@ -149,7 +150,11 @@ ffi::Error coded(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w
   if (!fits || (!int8 && xs[1] && (group % UNIT || group * ss[1] != xs[1])))
     return ffi::Error::InvalidArgument(
         "codes take x [M, I], w [O, I] and scale [O]; or w [O, I / 2] and scale [O, I / g], g a multiple of 32");
+  bool tiles = int8 && !dynamic && (isa < 0 ? best_isa() : isa) == AMX, half = x.element_type() == ffi::BF16;
+  if (x.element_type() != ffi::F32 && !(half && tiles))
+    return ffi::Error::InvalidArgument("codes are multiplied with float32; those of int8, by AMX, with bfloat16 too");
   Product p{x.untyped_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0], scale.untyped_data(), group};
+  if (half) return multiply(pool, p, HALF8, isa, threads);
   if (!dynamic) return multiply(pool, p, int8 ? INT8 : INT4, isa, threads);
   if ((isa < 0 ? best_isa() : isa) >= AVX2) return multiply(pool, p, int8 ? ROUNDED8 : ROUNDED4, isa, threads);
   std::unique_ptr<float[]> codes(new (std::nothrow) float[p.rows * p.inner]);
@@ -192,7 +197,7 @@ EXPORTED XLA_FFI_Error* jaxinfer_coded(XLA_FFI_CallFrame*);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_coded, coded,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
