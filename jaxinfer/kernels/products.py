@@ -36,7 +36,7 @@ def linear(
     """x [M, I] times w [O, I] transposed, both float32 or both bfloat16: [M, O] float32. The bare kernel.
 
     scale: w is codes, of which the kernel makes float32 numbers on the way; x is float32. [O] float32: w is int8, and x
-    may be bfloat16 where there is AMX, which makes numbers of bfloat16 of the codes, as exactly.
+    may be bfloat16: AMX makes numbers of bfloat16 of the codes, as exactly.
     [O, I / g] float16, g a multiple of UNIT: w is [O, I / 2] uint8, two codes of four bits each, 0 to 15 for -8 to 7.
     dynamic: x is rounded to int8 first, BLOCK neighbours to a scale (`quantization.rounded`), and codes meet codes.
     isa: one of ISAS, for tests; by default the best that the machine has. threads: by default as many as XLA has, or
@@ -91,7 +91,9 @@ def _tangent(plain, dynamic, primals, tangents):
 def gated(
     x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, isa: str | None = None, threads: int | None = None
 ) -> jax.Array:
-    """activation(x gate) * (x up), x [M, I] and weights [O, I] bfloat16: [M, O] bfloat16. The bare kernel, of AMX.
+    """activation(x gate) * (x up), x [M, I] and weights [O, I] bfloat16: [M, O] bfloat16. The bare kernel.
+
+    It is one by AMX; without, two products and a sweep.
 
     activation: one of ACTIVATIONS. Sums and what is made of them are float32, rounded once. isa, threads, RuntimeError:
     as `linear`. Not differentiable: see `opened`.

@@ -32,7 +32,6 @@ def isa(request):
 
 
 EVERY_ISA = pytest.mark.parametrize("isa", native.ISAS, indirect=True)
-TILES = pytest.mark.parametrize("isa", ["amx"], indirect=True)
 
 
 def arrays(shape, dtype, seed=0):
@@ -151,7 +150,7 @@ def test_rounded_rows_are_multiplied_as_what_their_codes_stand_for(shape, form, 
     assert (np.abs(coded(x, leaf, isa, dynamic=True) - truth) <= 1e-6 * size).all()
 
 
-@TILES
+@EVERY_ISA
 @pytest.mark.parametrize("shape", [*CODED_SHAPES, (40, 100, 70), (150, 4133, 77)], ids=str)
 def test_int8_is_multiplied_with_bfloat16_exactly_and_a_row_has_the_same_bits_in_any_company(shape, isa):
     x, w = arrays(shape, jnp.bfloat16)
@@ -290,7 +289,7 @@ def gate(shape, seed=0):
 
 
 @GATES
-@TILES
+@EVERY_ISA
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_gate_and_what_it_opens_are_one_product_that_is_rounded_once(shape, activation, isa):
     x, first, second = gate(shape)
@@ -300,7 +299,7 @@ def test_a_gate_and_what_it_opens_are_one_product_that_is_rounded_once(shape, ac
     assert (np.abs(np.asarray(got, np.float64) - opened) <= 2**-8 * np.abs(opened) + 1e-5).all()
 
 
-@TILES
+@EVERY_ISA
 def test_a_gated_row_has_the_same_bits_in_any_company_and_on_any_threads(isa):
     x, first, second = gate((150, 4133, 77))
     whole = np.asarray(products.gated(x, first, second, "silu", isa), np.float32)
@@ -311,7 +310,7 @@ def test_a_gated_row_has_the_same_bits_in_any_company_and_on_any_threads(isa):
 
 
 @GATES
-@TILES
+@EVERY_ISA
 def test_numbers_that_are_none_stay_in_their_gated_rows(activation, isa):
     x, first, second = gate((9, 65, 7))
     got = np.asarray(products.gated(x.at[3, 5].set(jnp.nan), first, second, activation, isa), np.float32)

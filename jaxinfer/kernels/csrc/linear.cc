@@ -62,6 +62,26 @@ void rounded(const float* x, float* out, int64_t rows, int64_t inner) {
     }
 }
 
+float widen(uint16_t half) {
+  uint32_t bits = uint32_t(half) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint16_t narrow(float value) {  // to the nearest, of two the even one
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  if (value != value) return uint16_t(bits >> 16 | 64);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+float activated(float x, Activation activation) {
+  if (activation == RELU) return x < 0 ? 0 : x;
+  if (activation == SILU) return x / (1 + __builtin_expf(-x));
+  return 0.5f * x * (1 + __builtin_tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
+}
+
 class Multiplication : public Job {
  public:
   Multiplication(const Product& product, const Kernel& kernel, int64_t columns)
@@ -150,17 +170,22 @@ ffi::Error coded(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::
   if (!fits || (!int8 && xs[1] && (group % UNIT || group * ss[1] != xs[1])))
     return ffi::Error::InvalidArgument(
         "codes take x [M, I], w [O, I] and scale [O]; or w [O, I / 2] and scale [O, I / g], g a multiple of 32");
-  bool tiles = int8 && !dynamic && (isa < 0 ? best_isa() : isa) == AMX, half = x.element_type() == ffi::BF16;
-  if (x.element_type() != ffi::F32 && !(half && tiles))
-    return ffi::Error::InvalidArgument("codes are multiplied with float32; those of int8, by AMX, with bfloat16 too");
+  bool half = x.element_type() == ffi::BF16;
+  if (x.element_type() != ffi::F32 && !(half && int8 && !dynamic))
+    return ffi::Error::InvalidArgument("codes are multiplied with float32; those of int8, as they are, with bfloat16 too");
   Product p{x.untyped_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0], scale.untyped_data(), group};
-  if (half) return multiply(pool, p, HALF8, isa, threads);
-  if (!dynamic) return multiply(pool, p, int8 ? INT8 : INT4, isa, threads);
-  if ((isa < 0 ? best_isa() : isa) >= AVX2) return multiply(pool, p, int8 ? ROUNDED8 : ROUNDED4, isa, threads);
-  std::unique_ptr<float[]> codes(new (std::nothrow) float[p.rows * p.inner]);
-  if (!codes) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "linear found no memory for rounded rows");
-  rounded((const float*)p.x, codes.get(), p.rows, p.inner);
-  p.x = codes.get();
+  if (half && (isa < 0 ? best_isa() : isa) == AMX) return multiply(pool, p, HALF8, isa, threads);
+  if (!dynamic && !half) return multiply(pool, p, int8 ? INT8 : INT4, isa, threads);
+  if (dynamic && (isa < 0 ? best_isa() : isa) >= AVX2)
+    return multiply(pool, p, int8 ? ROUNDED8 : ROUNDED4, isa, threads);
+  std::unique_ptr<float[]> floats(new (std::nothrow) float[p.rows * p.inner]);
+  if (!floats) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "linear found no memory for rows of float32");
+  if (half) {
+    for (int64_t i = 0; i < p.rows * p.inner; i++) floats[i] = widen(((const uint16_t*)p.x)[i]);
+  } else {
+    rounded((const float*)p.x, floats.get(), p.rows, p.inner);
+  }
+  p.x = floats.get();
   return multiply(pool, p, int8 ? INT8 : INT4, isa, threads);
 }
 
@@ -170,10 +195,23 @@ ffi::Error gated(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi
   bool fits = xs.size() == 2 && gs.size() == 2 && us.size() == 2 && ys.size() == 2 && xs[1] == gs[1] && gs[0] == us[0] &&
               gs[1] == us[1] && ys[0] == xs[0] && ys[1] == gs[0];
   if (!fits) return ffi::Error::InvalidArgument("a gate takes x [M, I] and two weights [O, I], and gives y [M, O]");
-  if ((isa < 0 ? best_isa() : isa) != AMX) return ffi::Error::InvalidArgument("gated products are made by AMX alone");
   Product p{x.untyped_data(), gate.untyped_data(), nullptr, xs[0], xs[1], gs[0]};
-  p.other = up.untyped_data(), p.half = (uint16_t*)y->untyped_data(), p.activation = Activation(activation);
-  return multiply(pool, p, GATED, isa, threads);
+  uint16_t* to = (uint16_t*)y->untyped_data();
+  if ((isa < 0 ? best_isa() : isa) == AMX) {
+    p.other = up.untyped_data(), p.half = to, p.activation = Activation(activation);
+    return multiply(pool, p, GATED, isa, threads);
+  }
+  // A program may come to a machine without tiles from one that has them: by two products, then.
+  int64_t size = p.rows * p.outer;
+  std::unique_ptr<float[]> both(new (std::nothrow) float[2 * size + 1]);
+  if (!both) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "a gated product found no memory for its parts");
+  for (int i = 0; i < 2; i++) {
+    p.w = i ? up.untyped_data() : gate.untyped_data(), p.y = both.get() + i * size;
+    ffi::Error error = multiply(pool, p, BF16, isa, threads);
+    if (error.failure()) return error;
+  }
+  for (int64_t i = 0; i < size; i++) to[i] = narrow(activated(both[i], Activation(activation)) * both[size + i]);
+  return ffi::Error::Success();
 }
 
 }  // namespace
