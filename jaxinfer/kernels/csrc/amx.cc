@@ -1,9 +1,9 @@
 // Tiles of AMX: 16 rows of w times 16 rows of x, 32 numbers of each at once, at ten times the rate of vdpbf16ps.
 //
-// w is loaded as it lies, or widened where it is codes; x, of which every thread uses all, is packed once. A sum takes its terms in their order, two at
-// a time, whatever lies beside it, so no cut below changes its bits. Numbers are rounded to nearest; denormal ones count
-// as zero, in and
-// out. Compiled with -mamx-tile -mamx-bf16 and the flags of avx512bf16.cc.
+// w is loaded as it lies, or widened where it is codes; x, of which every thread uses all, is packed once. A sum takes
+// its terms in their order, two at a time, whatever lies beside it, so no cut below changes its bits. Numbers are
+// rounded to nearest; denormal ones count as zero, in and out. Compiled with -mamx-tile -mamx-bf16 and the flags of
+// avx512bf16.cc.
 #if defined(__x86_64__)
 #include "amx.h"
 #include "attend.h"
@@ -13,16 +13,16 @@ namespace {
 
 using Soft = Attend<Floating>;  // its exp and tanh
 
-constexpr int64_t STRIP = 2 * SIDE;  // rows of w that are multiplied together
-constexpr int64_t STREAMED = 2;      // up to so many tiles of x, w is read from memory at the pace that it is used
-constexpr int64_t HIGH = 8;          // tiles of x, by
-constexpr int64_t LONG = 64;         // steps, stay in the second cache, beside so much of a strip
-constexpr int64_t RING = 8;          // steps that are widened from codes, half of them ahead
-constexpr int64_t BURST = 4;         // lines of a row that memory is asked for together
-constexpr int64_t AHEAD = 2 * BURST;  // steps, before they are used
+constexpr int64_t STRIP = 2 * SIDE;   // rows of w that are multiplied together
+constexpr int64_t STREAMED = 2;       // up to so many tiles of x, w is read from memory at the pace that it is used
+constexpr int64_t HIGH = 8;           // tiles of x, by
+constexpr int64_t LONG = 64;          // steps, stay in the second cache, beside so much of a strip
+constexpr int64_t RING = 8;           // steps that are widened from codes, half of them ahead
+constexpr int64_t BURST = 4;          // lines of a row that memory is asked for together
+constexpr int64_t AHEAD = 2 * BURST;  // lines, before they are used
 
-// How x is cut: into tiles of `wide` rows, the last one filled up with zeros, whose numbers lie in pairs; and into chunks
-// of steps: [chunks, tiles, chunk, 16, wide, 2].
+// How x is cut: into tiles of `wide` rows, the last one filled up with zeros, whose numbers lie in pairs; and into
+// chunks of steps: [chunks, tiles, chunk, 16, wide, 2].
 struct Cut {
   int64_t tiles, wide, steps, chunk;
   explicit Cut(const Product& p) {
@@ -67,26 +67,26 @@ struct Strip {
   Strip moved(int64_t bytes) const { return {one + bytes, other + bytes, line, step}; }
 };
 
-// What memory is asked for while a step is multiplied. One pair of tiles of x: bursts of lines down the rows of the strip,
-// somewhat before they are used. More: each asks for some rows of the strip that comes next.
+// What memory is asked for while a step is multiplied. One pair of tiles of x: bursts of lines down the rows of the
+// strip, somewhat before they are used. More: each asks for some rows of the strip that comes next.
 struct Asking {
   Strip strip, next;
   bool more;          // whether there is a next one
-  int64_t steps;      // of a strip
+  int64_t lines;      // of a row
   int64_t row, rows;  // of the next strip; rows 0: in bursts
 };
 
 #define ASK(at) __builtin_prefetch(at, 0, SECOND_CACHE)
 #define INLINE inline __attribute__((always_inline))  // GCC leaves out a call of what only asks: it has no effect
 
-INLINE void ask(const Asking& a, int64_t s) {
+INLINE void ask(const Asking& a, int64_t line) {
   if (a.rows) {
-    for (int64_t r = a.row; a.more && r < a.row + a.rows; r++) ASK(a.next.row(r) + s * LINE);
+    for (int64_t r = a.row; a.more && r < a.row + a.rows; r++) ASK(a.next.row(r) + line * LINE);
     return;
   }
-  int64_t column = s / BURST * BURST + AHEAD, r = s % BURST * STRIP / BURST;
-  if (column >= a.steps && !a.more) return;
-  const char* at = column < a.steps ? a.strip.row(r) + column * LINE : a.next.row(r) + (column - a.steps) * LINE;
+  int64_t column = line / BURST * BURST + AHEAD, r = line % BURST * STRIP / BURST;
+  if (column >= a.lines && !a.more) return;
+  const char* at = column < a.lines ? a.strip.row(r) + column * LINE : a.next.row(r) + (column - a.lines) * LINE;
   for (int64_t i = 0; i < STRIP / BURST; i++) EACH(j, BURST) ASK(at + i * a.strip.line + j * LINE);
 }
 
@@ -124,7 +124,7 @@ struct Lying {
 struct Widening {
   const Product& p;
   Strip w;
-  Asking asking;  // of lines
+  Asking asking;
   int64_t o, steps;
   char* ring;  // [RING, 2, 16, 32]
   void prepare() {
@@ -146,6 +146,7 @@ struct Widening {
       _mm512_store_si512(to, widened(w.row(r) + s * STEP, n));
       _mm512_store_si512(to + STRIP * LINE, widened(w.row(r) + (s + 1) * STEP, n - STEP));
     }
+    stored(ring);
   }
 };
 
@@ -279,10 +280,9 @@ void prepare(const Product&, void*) {}
 void add(const Product& p, const Cut& cut, char* copied, float* sums, int64_t o, int64_t start, int64_t t, bool both,
          bool fresh, const Asking& asking) {
   const char* x = (const char*)p.shared;
-  int64_t end = least(start + cut.chunk, cut.steps), whole = start + asking.steps;
+  int64_t end = least(start + cut.chunk, cut.steps), whole = p.scale ? start : start + asking.lines;
   if (p.scale && cut.tiles <= STREAMED) {
     Widening w{p, asking.strip, asking, o, cut.steps, copied};
-    w.asking.steps = p.inner / LINE;
     return multiply(both, true, w, x, cut, cut.steps, sums);
   }
   if (start < whole)
@@ -304,9 +304,10 @@ void columns(const Product& p, void* scratch, int64_t begin, int64_t end) {
     int64_t last = least(tile + HIGH, cut.tiles), pairs = parts(last - tile, 2);
     for (int64_t start = 0; start < cut.steps; start += cut.chunk)
       for (int64_t o = begin; o < end; o += high) {
-        Strip strip = strip_of(p, o).moved(start * LINE);
-        int64_t steps = o + high <= p.outer && !p.scale ? least(cut.chunk, p.inner / STEP - start) : 0;
-        Asking asking{strip, strip.moved(high * p.inner * 2), o + 2 * high <= p.outer, steps, 0, 0};
+        Strip strip = strip_of(p, o), next = strip.moved(high * strip.line);
+        int64_t lines = p.scale ? p.inner / LINE : least(cut.chunk, p.inner / STEP - start), skipped = start * LINE;
+        if (o + high > p.outer) lines = 0;  // no whole strip
+        Asking asking{strip.moved(skipped), next.moved(skipped), o + 2 * high <= p.outer, lines, 0, 0};
         if (pairs > 1) asking.rows = parts(STRIP, pairs);
         float* sums = (float*)(copied + COPIED) + (o - begin) / high * (HIGH / 2) * apart;
         for (int64_t t = tile; t < last; t += 2, sums += apart, asking.row += asking.rows) {

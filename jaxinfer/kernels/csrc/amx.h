@@ -11,11 +11,12 @@ constexpr int64_t SIDE = 16;  // lines of a tile
 constexpr int64_t LINE = 64;  // bytes of one, and
 constexpr int64_t STEP = 32;  // numbers
 
-// Compilers do not know that tiles and their configuration are loaded from memory: what was stored before must be there.
+// Compilers do not know that tiles and their configuration are loaded from memory: what was stored before must be
+// there.
 inline void stored(const void* at) { asm volatile("" ::"r"(at) : "memory"); }
 
-// Tiles 0 to 3 are sums, 4 and 5 are left of a product, 6 and 7 right of it: so many columns, of four bytes, have these,
-// and the sums.
+// Tiles 0 to 3 are sums, 4 and 5 are left of a product, 6 and 7 right of it: so many columns, of four bytes, have
+// these, and the sums.
 class Tiles {
  public:
   explicit Tiles(int64_t columns) {

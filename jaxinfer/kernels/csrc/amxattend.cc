@@ -1,9 +1,9 @@
 // Attention of many queries of bfloat16 to a cache of it, by tiles of AMX: QUERIES of a row and kv head at once.
 //
 // Scores are made as [keys, queries], so that a query is a lane and its softmax takes no sums across lanes; weights,
-// rounded to bfloat16, become [queries, keys] for the product with values. Keys are taken in spans of KEYS from slot 0 on,
-// each weighed by the largest score up to it, and what a query does not see counts as zero: its bits are the same in any
-// company. Compiled with -mavx512bf16 and the flags of amx.cc.
+// rounded to bfloat16, become [queries, keys] for the product with values. Keys are taken in spans of KEYS from slot 0
+// on, each weighed by the largest score up to it, and what a query does not see counts as zero: its bits are the same
+// in any company (online softmax: Milakov and Gimelshein 2018; Dao et al. 2022). Compiled with the flags of amx.cc.
 #if defined(__x86_64__)
 #include "amx.h"
 #include "attend.h"
@@ -33,7 +33,8 @@ struct Looking {
   }
 
   Looking(const Attention& a, int64_t b, int64_t h, int64_t first, void* scratch)
-      : a(a), b(b), h(h), first(first), num(least(QUERIES, a.queries() - first)), wide(padded(a.H)), steps(wide / STEP) {
+      : a(a), b(b), h(h), first(first), num(least(QUERIES, a.queries() - first)), wide(padded(a.H)),
+        steps(wide / STEP) {
     q = (char*)scratch;
     k = q + steps * 2 * TILE;
     p = k + steps * 2 * TILE;
@@ -83,7 +84,8 @@ struct Looking {
         for (int64_t r = 0; r < SIDE; r++) {
           int64_t i = half * SIDE + r, n = i < num ? a.H - step * STEP : 0;
           const float* from = a.q + row(i < num ? i : 0) * a.H + step * STEP;
-          __m512 low = _mm512_maskz_loadu_ps(::first(n), from), high = _mm512_maskz_loadu_ps(::first(n - 16), from + 16);
+          __m512 low = _mm512_maskz_loadu_ps(::first(n), from);
+          __m512 high = _mm512_maskz_loadu_ps(::first(n - 16), from + 16);
           v[r] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
         }
         transpose(v);
@@ -153,12 +155,14 @@ struct Looking {
       for (int64_t j = 0; j < SIDE; j++) {
         __m512 x[2];
         for (int64_t c = 0; c < 2; c++) {
-          bool there = i + 2 * j + c < n;
-          x[c] = there ? Soft::exp(_mm512_sub_ps(_mm512_load_ps(own + (i + 2 * j + c) * QUERIES), base)) : _mm512_setzero_ps();
+          int64_t key = i + 2 * j + c;
+          x[c] = _mm512_setzero_ps();
+          if (key < n) x[c] = Soft::exp(_mm512_sub_ps(_mm512_load_ps(own + key * QUERIES), base));
           sum = _mm512_add_ps(sum, x[c]);
         }
-        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                               21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        const __m512i order =
+            _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                             19, 3, 18, 2, 17, 1, 16, 0);
         pair[j] = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]));
       }
       transpose(pair);

@@ -172,7 +172,7 @@ ffi::Error coded(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::
         "codes take x [M, I], w [O, I] and scale [O]; or w [O, I / 2] and scale [O, I / g], g a multiple of 32");
   bool half = x.element_type() == ffi::BF16;
   if (x.element_type() != ffi::F32 && !(half && int8 && !dynamic))
-    return ffi::Error::InvalidArgument("codes are multiplied with float32; those of int8, as they are, with bfloat16 too");
+    return ffi::Error::InvalidArgument("codes are multiplied with float32; those of int8 with bfloat16 too");
   Product p{x.untyped_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0], scale.untyped_data(), group};
   if (half && (isa < 0 ? best_isa() : isa) == AMX) return multiply(pool, p, HALF8, isa, threads);
   if (!dynamic && !half) return multiply(pool, p, int8 ? INT8 : INT4, isa, threads);
@@ -192,8 +192,8 @@ ffi::Error coded(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::
 ffi::Error gated(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::BF16> gate, ffi::Buffer<ffi::BF16> up,
                  ffi::ResultBuffer<ffi::BF16> y, int32_t activation, int32_t isa, int32_t threads) {
   auto xs = x.dimensions(), gs = gate.dimensions(), us = up.dimensions(), ys = y->dimensions();
-  bool fits = xs.size() == 2 && gs.size() == 2 && us.size() == 2 && ys.size() == 2 && xs[1] == gs[1] && gs[0] == us[0] &&
-              gs[1] == us[1] && ys[0] == xs[0] && ys[1] == gs[0];
+  bool fits = xs.size() == 2 && gs.size() == 2 && us.size() == 2 && ys.size() == 2 && xs[1] == gs[1] &&
+              gs[0] == us[0] && gs[1] == us[1] && ys[0] == xs[0] && ys[1] == gs[0];
   if (!fits) return ffi::Error::InvalidArgument("a gate takes x [M, I] and two weights [O, I], and gives y [M, O]");
   Product p{x.untyped_data(), gate.untyped_data(), nullptr, xs[0], xs[1], gs[0]};
   uint16_t* to = (uint16_t*)y->untyped_data();
