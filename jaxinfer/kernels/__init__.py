@@ -13,9 +13,10 @@ from jaxinfer.kernels.gpu.products import Around, project
 from jaxinfer.kernels.kept import PAST, Kept, Rule
 from jaxinfer.kernels.machine import machine
 from jaxinfer.kernels.memory import cache_dtype, free_memory, host_memory, keeps_bits, packs_int4
-from jaxinfer.kernels.products import BLOCK, UNIT
+from jaxinfer.kernels.products import ACTIVATIONS, BLOCK, UNIT
 
 __all__ = [
+    "ACTIVATIONS",
     "BLOCK",
     "PAST",
     "UNIT",

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.kernels import gpu, native
+from jaxinfer.kernels import gpu
 from jaxinfer.kernels.kept import Kept, Rule
 from jaxinfer.kernels.native import ATTENTION, BEST, ISAS, demand
 
@@ -75,8 +75,8 @@ def _tangent(plain: Callable[..., jax.Array], platform: str, rule: Rule, primals
 
 
 def crowds(q: jax.Array, kept: Kept) -> bool:
-    """Whether the CPU kernel looks with more than FEW queries a row too: of bfloat16, by tiles of AMX."""
-    return q.dtype == kept.dtype == jnp.bfloat16 and kept.scales is None and native.best() == "amx"
+    """Whether tiles for bfloat16 could look with more than FEW such queries a row too."""
+    return q.dtype == kept.dtype == jnp.bfloat16 and kept.scales is None
 
 
 def unknown(kept: Kept) -> str | None:

@@ -57,18 +57,15 @@ class KernelChoice:
 
         It does where there are more than LONE rows: fewer are sooner multiplied as float32.
         """
-        asked = self.linear == "cpu" or (self.linear == "auto" and device().platform == "cpu")
         exact = len(x) > products.LONE and x.dtype == jnp.bfloat16 and codes.dtype == jnp.int8 and not dynamic
-        return x if asked and exact and native.best() == "amx" else x.astype(jnp.float32)
+        return x if exact and self.tiled("linear") else x.astype(jnp.float32)
 
-    def gates(self, activation: str, x: Array, *weights: Array) -> Callable[..., Array] | None:
+    def gates(self, x: Array, *weights: Array) -> Callable[..., Array] | None:
         """The kernel that makes activation(x gate) * (x up), called as (twin, activation, x [M, I], gate, up [O, I]).
 
         It is AMX's, of bfloat16. None: two products and what XLA makes of them.
         """
-        asked = self.linear == "cpu" or (self.linear == "auto" and device().platform == "cpu")
-        half = all(a.dtype == jnp.bfloat16 for a in (x, *weights))
-        if not (asked and half and activation in products.ACTIVATIONS and native.best() == "amx"):
+        if not all(a.dtype == jnp.bfloat16 for a in (x, *weights)) or not self.tiled("linear"):
             return None
         return products.opened if self.taken("linear", "cpu", None, "", x, *weights) else None
 
@@ -89,16 +86,23 @@ class KernelChoice:
         attention="cpu" or "gpu" cannot be kept.
         """
         remedy = "use a cache of float32, bfloat16 or int8"
-        asked = self.attention == "cpu" or (self.attention == "auto" and device().platform == "cpu")
-        suits = q.shape[1] <= attention.FEW or (asked and attention.crowds(q, kept))
+        suits = q.shape[1] <= attention.FEW or (attention.crowds(q, kept) and self.tiled("attention"))
         if suits and self.taken("attention", "cpu", attention.unknown(kept), remedy, q, kept.k):
             return "cpu"
         return "cuda" if self.taken("attention", "gpu", gpu.attention.unknown(q, kept), remedy, q, kept.k) else None
 
+    def asks(self, field: str, kernel: str) -> bool:
+        """Whether that kernel is asked for: by name, or as that of the platform at hand."""
+        name = getattr(self, field)
+        return name == kernel or (name == "auto" and device().platform == kernel)
+
+    def tiled(self, field: str) -> bool:
+        """Whether the CPU's kernel is asked for, and has tiles for bfloat16."""
+        return self.asks(field, "cpu") and native.best() == "amx"
+
     def taken(self, field: str, kernel: str, reason: str | None, remedy: str, *arrays: Array) -> bool:
         """Whether that kernel is; `reason` says why these arrays are not for it. RuntimeError where it must be."""
-        name = getattr(self, field)
-        if name != kernel and (name != "auto" or device().platform != kernel):
+        if not self.asks(field, kernel):
             return False
         if reason is None and (varying(*arrays) if field == "attention" else partitioned(*arrays)):
             reason, remedy = "a mesh is set, and XLA cannot split a kernel", "use it in shard_map(check_vma=False)"
@@ -106,7 +110,7 @@ class KernelChoice:
             reason, remedy = native.unavailable(), "install g++ or clang++"
         if reason is None and kernel == "gpu":
             reason, remedy = gpu.unavailable(device()), "run it on an NVIDIA GPU of compute capability 8.0 or more"
-        if reason is not None and name == kernel:
+        if reason is not None and getattr(self, field) == kernel:
             raise RuntimeError(f"{field}={kernel!r} is not to be had: {reason}: {remedy}, or choose {field}='auto'")
         return reason is None
 

@@ -117,27 +117,6 @@ def fused(
     return kernels.project(twin, around, dtype, rows, tuple(each), scale["scale"] if scale else None, added)
 
 
-def gated(
-    x: jax.Array,
-    gate: jax.Array | Weight,
-    up: jax.Array | Weight,
-    name: str,
-    activation: Callable[[jax.Array], jax.Array],
-) -> jax.Array | None:
-    """activation(gate) * up of x [..., D] in one kernel, of any number of rows: [..., F]; None where there is none."""
-    if isinstance(gate, Weight) or isinstance(up, Weight):
-        return None
-    rows = x.reshape(-1, x.shape[-1])
-    kernel = kernels.choice().gates(name, rows, gate, up)
-    if kernel is None:
-        return None
-
-    def twin(x: jax.Array, *weights: jax.Array) -> jax.Array:
-        return unfused(x, weights, None, None, None, activation)[0]
-
-    return kernel(twin, name, rows, gate, up).reshape(*x.shape[:-1], -1)
-
-
 def unfused(
     x: jax.Array,
     weights: tuple[jax.Array, ...],

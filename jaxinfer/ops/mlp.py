@@ -4,9 +4,11 @@ from typing import Any
 
 import jax
 
+from jaxinfer import kernels
 from jaxinfer.config import LayerSpec
-from jaxinfer.ops.linear import fused, gated, linear, linears
+from jaxinfer.ops.linear import fused, linear, linears, unfused
 from jaxinfer.ops.norm import norm
+from jaxinfer.quantization import Weight
 
 ACTIVATION = {
     "silu": jax.nn.silu,
@@ -16,7 +18,7 @@ ACTIVATION = {
 }
 
 
-FUSED = ("silu", "gelu_tanh", "relu")  # which a kernel works out after two products
+FUSED = kernels.ACTIVATIONS  # which a kernel works out after two products
 
 
 def mlp(
@@ -40,8 +42,21 @@ def hidden(x: jax.Array, p: dict[str, Any], spec: LayerSpec, scale: dict[str, An
         if once is not None:
             return once[0].reshape(*x.shape[:-1], -1)
         x, scale = (norm(x, scale, spec.norm), None) if scale else (x, None)
-        once = gated(x, p["gate"], p["up"], spec.activation, activation)
+        once = gated(x, weights, spec.activation)
         if once is not None:
             return once
     gate, up = linears(x, weights, ["BTD,FD->BTF"] * 2, biases, scale, spec.norm)
     return activation(gate) * up
+
+
+def gated(x: jax.Array, weights: list[jax.Array | Weight], name: str) -> jax.Array | None:
+    """The activation of x gate, times x up, in one kernel of any number of rows: [..., F]; None where there is none."""
+    rows, plain = x.reshape(-1, x.shape[-1]), [w for w in weights if not isinstance(w, Weight)]
+    kernel = kernels.choice().gates(rows, *plain) if len(plain) == len(weights) else None  # codes multiply themselves
+    if kernel is None:
+        return None
+
+    def twin(x: jax.Array, *weights: jax.Array) -> jax.Array:
+        return unfused(x, weights, None, None, None, ACTIVATION[name])[0]
+
+    return kernel(twin, name, rows, *plain).reshape(*x.shape[:-1], -1)

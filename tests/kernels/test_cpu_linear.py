@@ -335,6 +335,9 @@ def test_the_feed_forward_block_takes_the_gated_product_where_there_is_one(dtype
     alone = jnp.stack([jax.jit(block)(x[i : i + 1], p)[0] for i in range(2)])
     np.testing.assert_array_equal(jax.jit(block)(x, p), alone)
     np.testing.assert_array_equal(jax.jit(jax.vmap(block, (0, None)))(x, p), alone)
+    several = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), p)
+    each = [jax.jit(block)(x, jax.tree.map(lambda w, i=i: w[i], several)) for i in range(2)]
+    np.testing.assert_array_equal(jax.jit(jax.vmap(block, (None, 0)))(x, several), jnp.stack(each))
     there = jax.export.export(jax.jit(block), platforms=["cuda"])(x, p).mlir_module()
     assert native.GATED not in there
 
