@@ -19,6 +19,7 @@ import pathlib
 import sys
 from typing import Any
 
+import allocation
 import measured
 from flags import one_line
 from suites import attention, gpu, latency, matmul, peers, startup, techniques
@@ -70,6 +71,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    allocation.begin_anew(allocation.HUGE)  # those that it starts have its environment
     arguments = parse_args()
     try:
         main(arguments)

@@ -22,6 +22,7 @@ import sys
 import time
 from typing import Any
 
+import allocation
 import losses
 import measured
 from flags import Parser, Refusal, doors
@@ -271,4 +272,5 @@ def draw_speed(axis: Any, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    allocation.begin_anew(allocation.HUGE)
     sys.exit(main(parse_args()))

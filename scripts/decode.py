@@ -46,6 +46,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+import allocation
 import flags
 import runtime
 from flags import Refusal, doors, one_line
@@ -549,4 +550,5 @@ def main(args: Settings) -> int:
 
 
 if __name__ == "__main__":
+    allocation.begin_anew(allocation.HUGE)
     runtime.leave(main(parse_args()))

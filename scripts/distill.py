@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import allocation
 import jax
 import jax.numpy as jnp
 import measured
@@ -405,5 +406,5 @@ def draw_curve(args: argparse.Namespace, log: dict[str, Any], figures: dict[str,
 
 if __name__ == "__main__":
     arguments = parse_args()
-    runs.keep_memory()
+    allocation.begin_anew(allocation.KEPT)
     runs.tell("distill.py", lambda: main(arguments))

@@ -1,6 +1,6 @@
 """A training run, whatever it trains: it goes on where it stopped, bit for bit, and says how it does on the way.
 
-runs.add_flags(parser.add_argument); args = parser.parse_args(); runs.keep_memory()
+runs.add_flags(parser.add_argument); args = parser.parse_args(); allocation.begin_anew(allocation.KEPT)
 params, log = runs.go(args, settings, fresh, advance, look, ...)
 """
 
@@ -24,17 +24,8 @@ from tqdm import tqdm
 
 from jaxinfer import training
 
-# XLA allocates what a step needs at every step. glibc gives such large blocks back to the kernel at once, which then
-# clears them again page by page: 2508 tokens/s; kept, and in huge pages, 4332 (2 cores, Zen 5). Read at exec only.
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
 FREE = {"out", "stdlib", "save_every", "eval_every", "stop_after", "no_progress", "json", "tiny"}  # change no result
 LASTING = ("steps", "final_steps", "decay_steps")  # until these begin to count, a run does not know how long it is
-
-
-def keep_memory() -> None:
-    """Starts this process anew with the malloc settings above, where glibc reads them and nobody set others."""
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": MALLOC})
 
 
 def add_flags(add: Callable[..., Any]) -> None:

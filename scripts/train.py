@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import allocation
 import jax
 import jax.numpy as jnp
 import measured
@@ -281,5 +282,5 @@ def draw_curve(args: argparse.Namespace, log: dict, xz: float, final: float | No
 
 if __name__ == "__main__":
     arguments = parse_args()
-    runs.keep_memory()
+    allocation.begin_anew(allocation.KEPT)
     runs.tell("train.py", lambda: main(arguments))
