@@ -1,8 +1,9 @@
 """Attention of one new token a row to a cache, alone: GB/s of what is valid, as a share of what memory can give.
 
-Layers enough to fill 256 MB follow one another in one program, so that no cache of the processor holds them. All shapes
-of a dtype, kernel and XLA's form, are measured in turns, and plain reads of memory with them: other work on a machine
-slows all of them. So what room costs that is allocated and not valid is a ratio within rounds (`over_packed`).
+Layers enough to fill 512 MB follow one another in one program, twice, so that no cache of the processor holds them and
+what a dispatch takes to begin is next to nothing: after a plain read of memory it begins slowly. All shapes of a dtype,
+kernel and XLA's form, are measured in turns, and plain reads with them: other work on a machine slows all of them. So
+what room costs that is allocated and not valid is a ratio within rounds (`over_packed`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import ceilings
 import measured
 from screen import size
 
-DISTINCT = 256 << 20  # bytes, past what a processor keeps
+DISTINCT = 512 << 20  # bytes, past what a processor keeps
+TURNS = 2  # of which a dispatch takes so many
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,13 +169,13 @@ def measure(args: argparse.Namespace, shapes: list[tuple[int, int]], dtype: str)
     """Every shape with every kernel in turn, and the reads."""
     runs: dict[Any, Callable[[], object]] = {}
     for valid, room in shapes:
-        attend = attention(args, valid, room, dtype)
+        attend = attention(args, valid, room, dtype, turns=TURNS)
         runs |= {(valid, room, kernel): functools.partial(attend, kernel) for kernel in args.kernel}
     reads = measured.reads(measured.READ)
     took = measured.seconds(runs | reads.ways, args.rounds)
     lines = []
     for valid, room, kernel in runs:
-        num, times = num_layers(args, valid, dtype), took[valid, room, kernel]
+        num, times = TURNS * num_layers(args, valid, dtype), took[valid, room, kernel]
         lines.append({
             "valid": valid, "allocated": room, "dtype": dtype, "kernel": kernel,
             "ms": {key: round(value / num * 1e3, 4) for key, value in measured.spread(times).items()},

@@ -31,7 +31,7 @@ SHAPE = pathlib.Path(__file__).parents[2] / "configs" / "models" / "llama-3-8b.t
 KERNELS = {"ours": "auto", "plain": "reference"}
 WHERE = {"slots": False, "pages": True}
 COPIES = 3
-TURNS = 16  # of attention in a dispatch, which is then next to nothing of their time
+TURNS = 8  # of layers in one dispatch, which is then next to nothing of their time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
