@@ -53,11 +53,12 @@ class KernelChoice:
         return products.product if self.taken("linear", "cpu", reason, remedy, x, *w) else None
 
     def readable(self, x: Array, codes: Array, dynamic: bool) -> Array:
-        """x [M, I] as `product` takes it beside codes: float32, or bfloat16 as it is where AMX multiplies it with int8.
+        """x [M, I] as `product` takes it beside codes: float32, or bfloat16 as it is where AMX multiplies it with them.
 
-        It does where there are more than LONE rows: fewer are sooner multiplied as float32.
+        It does where there are more rows than LONE: fewer are sooner multiplied as float32.
         """
-        exact = len(x) > products.LONE and x.dtype == jnp.bfloat16 and codes.dtype == jnp.int8 and not dynamic
+        lone = products.LONE.get(codes.dtype.name)
+        exact = x.dtype == jnp.bfloat16 and not dynamic and lone is not None and len(x) > lone
         return x if exact and self.tiled("linear") else x.astype(jnp.float32)
 
     def gates(self, x: Array, *weights: Array) -> Callable[..., Array] | None:

@@ -6,7 +6,7 @@ rows and threads: a row has the same bits alone and among any others. They may d
 float32 is multiplied and summed as IEEE says, denormal numbers included. bfloat16 is widened to float32, which is
 exact, and then treated alike, except where the machine has AVX-512 BF16, whose vdpbf16ps works at twice the rate, or
 the tiles of AMX, at ten times that: these count denormal inputs and sums as zero, as XLA's own product does there.
-int8 meets more than LONE rows of bfloat16 in these tiles, which sum in another order than what fewer rows go through.
+Codes meet more than LONE rows of bfloat16 in these tiles, which sum in another order than what fewer rows go through.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from jaxinfer.kernels.native import BEST, CODED, GATED, ISAS, LINEAR, demand
 
 BLOCK = 32  # numbers of x that share a scale where x is rounded
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}  # which a kernel works out after two products
-LONE = 4  # rows that AMX would multiply with codes slower than AVX-512 does: making numbers of these takes its time
+# Rows that AMX would multiply with codes (of eight bits, or two of four) slower than AVX-512 does: making numbers of
+# these takes its time.
+LONE = {"int8": 4, "uint8": 12}
 UNIT = 32  # codes of four bits lie together, the first half of them in the low bits of 16 bytes
 
 
@@ -36,8 +38,8 @@ def linear(
 ) -> jax.Array:
     """x [M, I] times w [O, I] transposed, both float32 or both bfloat16: [M, O] float32. The bare kernel.
 
-    scale: w is codes, of which the kernel makes float32 numbers on the way; x is float32. [O] float32: w is int8, and x
-    may be bfloat16: AMX makes numbers of bfloat16 of the codes, as exactly.
+    scale: w is codes, of which the kernel makes float32 numbers on the way, and x is float32. It may be bfloat16: AMX
+    makes numbers of bfloat16 of the codes, as exactly (two of one of four bits and its scale). [O] float32: w is int8.
     [O, I / g] float16, g a multiple of UNIT: w is [O, I / 2] uint8, two codes of four bits each, 0 to 15 for -8 to 7.
     dynamic: x is rounded to int8 first, BLOCK neighbours to a scale (`quantization.rounded`), and codes meet codes.
     isa: one of ISAS, for tests; by default the best that the machine has. threads: by default as many as XLA has, or

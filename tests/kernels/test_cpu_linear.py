@@ -150,12 +150,20 @@ def test_rounded_rows_are_multiplied_as_what_their_codes_stand_for(shape, form, 
     assert (np.abs(coded(x, leaf, isa, dynamic=True) - truth) <= 1e-6 * size).all()
 
 
+BESIDE_BFLOAT16 = [
+    *(("int8", shape) for shape in [*CODED_SHAPES, (40, 100, 70), (150, 4133, 77)]),
+    *(("int4:96", shape) for shape in [*CODED_SHAPES, (40, 192, 70), (150, 4128, 77)]),
+    ("int4:32", (17, 2080, 33)),
+]
+
+
 @EVERY_ISA
-@pytest.mark.parametrize("shape", [*CODED_SHAPES, (40, 100, 70), (150, 4133, 77)], ids=str)
-def test_int8_is_multiplied_with_bfloat16_exactly_and_a_row_has_the_same_bits_in_any_company(shape, isa):
+@pytest.mark.parametrize(("form", "shape"), BESIDE_BFLOAT16, ids=str)
+def test_codes_meet_bfloat16_exactly_and_a_row_has_the_same_bits_in_any_company(form, shape, isa):
     x, w = arrays(shape, jnp.bfloat16)
-    leaf = in_codes(w.astype(jnp.float32), "int8")
-    leaf = leaf.replace(codes=leaf.codes.at[0, 0].set(-128))
+    leaf = in_codes(w.astype(jnp.float32), form)
+    if form == "int8":
+        leaf = leaf.replace(codes=leaf.codes.at[0, 0].set(-128))
     whole = np.asarray(coded(x, leaf, isa))
     truth, size = exact(x, leaf.decode())
     assert (np.abs(whole - truth) <= 1e-6 * size).all()
@@ -163,11 +171,12 @@ def test_int8_is_multiplied_with_bfloat16_exactly_and_a_row_has_the_same_bits_in
         np.testing.assert_array_equal(coded(x[-rows:], leaf, isa, 2), whole[-rows:])
 
 
-@pytest.mark.parametrize("rows", [products.LONE, products.LONE + 1])
-def test_bfloat16_beside_int8_is_widened_but_where_tiles_are_faster(rows):
-    x, w = arrays((rows, 64, 32), jnp.bfloat16)
-    leaf = in_codes(w.astype(jnp.float32), "int8")
-    widened = rows <= products.LONE or native.best() != "amx"
+@pytest.mark.parametrize(("form", "codes"), [("int8", "int8"), ("int4:32", "uint8")])
+@pytest.mark.parametrize("more", [0, 1])
+def test_bfloat16_beside_codes_is_widened_but_where_tiles_are_faster(more, form, codes):
+    x, w = arrays((products.LONE[codes] + more, 64, 32), jnp.bfloat16)
+    leaf = in_codes(w.astype(jnp.float32), form)
+    widened = not more or native.best() != "amx"
     assert kernels.choice().readable(x, leaf.codes, False).dtype == (jnp.float32 if widened else jnp.bfloat16)
     assert kernels.choice().readable(x, leaf.codes, True).dtype == jnp.float32
     truth, size = exact(x, leaf.decode())

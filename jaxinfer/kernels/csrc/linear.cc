@@ -16,13 +16,14 @@ constexpr int64_t FEW_ROWS = 32;             // the time goes into reading w,
 constexpr int64_t BLOCK_BYTES = 1 << 20;     // of which a thread takes so much at a time
 
 // What w is kept in; and x in codes too, or in bfloat16 beside codes; and two of bfloat16.
-enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, ROUNDED8 = 4, ROUNDED4 = 5, HALF8 = 6, GATED = 7 };
-constexpr int64_t BITS[] = {32, 16, 8, 4, 8, 4, 8, 32};
+enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, ROUNDED8 = 4, ROUNDED4 = 5, HALF8 = 6, HALF4 = 7, GATED = 8 };
+constexpr int64_t BITS[] = {32, 16, 8, 4, 8, 4, 8, 4, 32};
 
 const Kernel& choose(int32_t isa, Form form) {
 #if WITH_AMX
   if (isa == AMX && form == BF16) return amx_bf16;
   if (form == HALF8) return amx_int8;
+  if (form == HALF4) return amx_int4;
   if (form == GATED) return amx_gated;
 #endif
 #if WITH_AVX512
@@ -171,10 +172,10 @@ ffi::Error coded(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::
     return ffi::Error::InvalidArgument(
         "codes take x [M, I], w [O, I] and scale [O]; or w [O, I / 2] and scale [O, I / g], g a multiple of 32");
   bool half = x.element_type() == ffi::BF16;
-  if (x.element_type() != ffi::F32 && !(half && int8 && !dynamic))
-    return ffi::Error::InvalidArgument("codes are multiplied with float32; those of int8 with bfloat16 too");
-  Product p{x.untyped_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0], scale.untyped_data(), group};
-  if (half && (isa < 0 ? best_isa() : isa) == AMX) return multiply(pool, p, HALF8, isa, threads);
+  if (x.element_type() != ffi::F32 && !(half && !dynamic))
+    return ffi::Error::InvalidArgument("codes are multiplied with float32, or as they are with bfloat16");
+  Product p{x.untyped_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0], scale.untyped_data(), group, ss.size() == 2 ? ss[1] : 0};
+  if (half && (isa < 0 ? best_isa() : isa) == AMX) return multiply(pool, p, int8 ? HALF8 : HALF4, isa, threads);
   if (!dynamic && !half) return multiply(pool, p, int8 ? INT8 : INT4, isa, threads);
   if (dynamic && (isa < 0 ? best_isa() : isa) >= AVX2)
     return multiply(pool, p, int8 ? ROUNDED8 : ROUNDED4, isa, threads);

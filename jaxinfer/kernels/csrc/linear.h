@@ -16,7 +16,7 @@ struct Product {
   float* y;       // [rows, outer]
   int64_t rows, inner, outer;
   const void* scale = nullptr;  // of int8 [outer] float32; of four bits [outer, inner / group] float16
-  int64_t group = 0;            // a multiple of UNIT
+  int64_t group = 0, groups = 0;  // a multiple of UNIT; and how many a row has
   const void* shared = nullptr;  // x as the kernel packed it
   const void* other = nullptr;   // a second weight: the first is a gate, and what they make is [rows, outer] bfloat16
   uint16_t* half = nullptr;
@@ -48,5 +48,5 @@ extern const Kernel avx2_f32, avx2_bf16, avx2_int8, avx2_int4, avx2_rounded8, av
 extern const Kernel avx512_f32, avx512_bf16, avx512_int8, avx512_int4;
 extern const Kernel avx512bf16_bf16;
 extern const Kernel avx512vnni_int8, avx512vnni_int4;
-extern const Kernel amx_bf16, amx_gated, amx_int8;
+extern const Kernel amx_bf16, amx_gated, amx_int8, amx_int4;
 #endif
