@@ -17,6 +17,9 @@ others, and these wait on theirs meanwhile (how much they compute all the same i
 ratios are of turns of one round, jaxinfer over the peer. A first turn is not counted: of it the ids are compared, which
 agree in float32 and may part where numbers are rounded.
 
+First the ceilings of this machine are measured. What jaxinfer reads, or multiplies, is told as a share of them, and of
+a plain read just before the turns: other work on a machine slows both.
+
 Where activations are rounded to eight bits, as llama.cpp does it for Q8_0 and Q4_0, the form that multiplies them as
 they are is measured beside.
 """
@@ -34,10 +37,11 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import ceilings
 import measured
 
 from suites import gguf_file
-from suites.model_files import Files, forms_of, packed
+from suites.model_files import FLOATS, Files, forms_of, packed
 from suites.sides import PEERS, Side, Start, alike, lineup, timed
 from suites.worker import Lost, Worker, installed
 
@@ -85,7 +89,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         files.check(forms_of(args.dtype, peers))
         if files.random:
             files.write_random(args.seed)
+        bench.limits = ceilings.measure(tuple(dict.fromkeys(map(math_of, args.dtype))))
         results = [line for dtype in args.dtype for line in bench.compare(dtype)]
+    bench.limits.show_raised()
+    for result in results:  # of the ceilings as they are by now
+        result["sides"]["jaxinfer"] |= share(result["sides"]["jaxinfer"], bench.limits, result["dtype"])
     print_summary(results)
     return {
         "benchmark": "the same work in jaxinfer and its peers, greedy, the same weights; ratios are jaxinfer over peer",
@@ -93,10 +101,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "prompt_length": args.prompt_length,
         "new_tokens": args.new_tokens,
         "rounds": args.rounds,
+        "ceilings": bench.limits.told(),
         "results": results,
         "left_out": bench.left_out,
         "versions": measured.versions() | bench.versions,
     }
+
+
+def math_of(dtype: str) -> str:
+    """The dtype whose products bound work in a dtype."""
+    return ceilings.math_of(None if dtype in FLOATS else dtype, dtype)
+
+
+def share(side: dict[str, Any], limits: ceilings.Ceilings, dtype: str) -> dict[str, float]:
+    """Of the ceiling that bounds its work."""
+    if "gb_per_second" in side:
+        return {"share": round(limits.share("read", side["gb_per_second"]), 3)}
+    return {"share_of_products": round(limits.share(math_of(dtype), side["gflops_per_second"]), 3)}
 
 
 def found(name: str, interpreter: str) -> bool:
@@ -127,6 +148,7 @@ class Bench:
         self.size = args.prompt_length + args.new_tokens + 1
         self.left_out: list[dict[str, str]] = []
         self.versions: dict[str, str] = {}
+        self.limits = ceilings.Ceilings({}, 0)
         for dtype in args.dtype:
             self.check_memory(dtype)
 
@@ -200,7 +222,7 @@ class Bench:
 
         length, num = self.args.prompt_length, self.args.new_tokens
         ids = np.random.default_rng(self.args.seed).integers(self.config.vocab_size, size=(rows, length)).tolist()
-        ceiling = measured.plain_read()
+        plain = measured.plain_read()
         first = self.each(sides, dtype, lambda side: side.begin(work, ids, num))
         rounds = [
             self.each(sides, dtype, lambda side: timed(side, list(sides.values()))) for _ in range(2 * self.args.rounds)
@@ -217,13 +239,16 @@ class Bench:
             told[name] |= {"ratio": measured.spread(ratios), "same_ids": f"{same} of {of}"}
             if same < of and dtype == "float32":
                 say(f"{work} of {count(rows)}: in float32 {name} gives {same} of the {of} ids that jaxinfer gives")
-        told["jaxinfer"] |= self.reached(sides["jaxinfer"], work, rows, statistics.median(rates["jaxinfer"]), ceiling)
+        told["jaxinfer"] |= self.reached(sides["jaxinfer"], dtype, work, rows, statistics.median(rates["jaxinfer"]))
+        if "gb_per_second" in told["jaxinfer"]:
+            speed = told["jaxinfer"]["gb_per_second"]
+            told["jaxinfer"]["share_beside"] = round(speed / max(speed, plain), 3)
         every = [turn for turns in rounds for turn in turns.values()]
         busy = sum(turn.others for turn in every) / sum(turn.whole for turn in every)
         if busy > IDLE:
             say(f"{work} of {count(rows)} in {dtype}: while a side was timed the others computed on {busy:.2f} cores")
         result = {
-            "work": work, "rows": rows, "dtype": dtype, "sides": told, "plain_read": round(ceiling, 1),
+            "work": work, "rows": rows, "dtype": dtype, "sides": told, "plain_read": round(plain, 1),
             "cores_of_others": round(busy, 3),
             "best_peer": max(told.keys() & PEERS, key=lambda name: statistics.median(rates[name]), default=None),
         }  # fmt: skip
@@ -240,19 +265,22 @@ class Bench:
                 self.drop(sides, name, dtype, why)
         return given
 
-    def reached(self, side: Side, work: str, rows: int, rate: float, ceiling: float) -> dict[str, float]:
-        """What jaxinfer's rate comes to: GB/s of weights and cache beside a plain read, or GFLOP/s."""
+    def reached(self, side: Side, dtype: str, work: str, rows: int, rate: float) -> dict[str, float]:
+        """What jaxinfer's rate comes to, GB/s of weights and cache or GFLOP/s, and its share of the ceiling."""
         from jaxinfer import roofline
 
         length, num = self.args.prompt_length, self.args.new_tokens
         if work == "prefill":
             flops = roofline.forward_flops(self.config, length, [0] * rows, scored=1)
-            return {"gflops_per_second": round(flops * rate / (rows * length) / 1e9, 1)}
+            told = {"gflops_per_second": round(flops * rate / (rows * length) / 1e9, 1)}
+            self.limits.reached(math_of(dtype), told["gflops_per_second"], f"prefill of {count(rows)} in {dtype}")
+            return told | share(told, self.limits, dtype)
         moved = roofline.decode_bytes(
             self.config, rows, length + num // 2, packed(side.form), cache_dtype=side.told["cache"]
         )
-        speed = moved * rate / rows / 1e9
-        return {"gb_per_second": round(speed, 2), "share": round(speed / ceiling, 3)}
+        told = {"gb_per_second": round(moved * rate / rows / 1e9, 2)}
+        self.limits.reached("read", told["gb_per_second"], f"decode of {count(rows)} in {dtype}")
+        return told | share(told, self.limits, dtype)
 
 
 # --- what is printed -----------------------------------------------------------------------------------------------
@@ -267,9 +295,10 @@ def print_sides(result: dict[str, Any]) -> None:
         if "ratio" in side:
             more = f"{result['dtype']} here is {times(side['ratio'])}; the same ids: {side['same_ids']}"
         elif "share" in side:
-            more = f"{side['gb_per_second']:.1f} GB/s, {side['share']:.2f} of a plain read"
+            more = f"{side['gb_per_second']:.1f} GB/s, {side['share']:.2f} of the ceiling"
+            more += f", {side['share_beside']:.2f} of a read beside it"
         else:
-            more = f"{side['gflops_per_second']:.0f} GFLOP/s"
+            more = f"{side['gflops_per_second']:.0f} GFLOP/s, {side['share_of_products']:.2f} of the ceiling"
         print(
             f"  {who(name, side):30} {rate['median']:9.2f} tokens/s ({rate['min']:.2f} to {rate['max']:.2f}), "
             f"weights {side['weight_bytes'] / 1e6:.0f} MB, cache {side['cache']}; {more}",

@@ -1,10 +1,10 @@
 """What each technique of inference is worth on this machine: the table that every guide prints, measured.
 
 No cache, cache, heads grouped or not, a window, weights in int8 and int4, an int8 cache, speculation, batches: of each
-the latency of a token, tokens/s, memory, the ratio to the baseline, the share of a plain read of memory, and the bits
-per byte that it loses. The baseline is `cache`: one row, plain weights, every key and value kept. Prompts are read
-before, untimed; then a technique and the baseline make their tokens in turn, round after round, and only times of one
-round are compared. Where a technique is exact its ids are compared with the baseline's, in the same run.
+the latency of a token, tokens/s, memory, the ratio to the baseline, the share of what this machine reads at most, and
+the bits per byte that it loses. The baseline is `cache`: one row, plain weights, every key and value kept. Prompts are
+read before, untimed; then a technique and the baseline make their tokens in turn, round after round, and only times of
+one round are compared. Where a technique is exact its ids are compared with the baseline's, in the same run.
 
 Bits per byte are counted on text that the built-in model never saw. Its weights are so few that they stay in the
 processor: --widen makes it larger and leaves what it says as it is. The random weights of --shape have nothing to lose
@@ -22,8 +22,8 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+import ceilings
 import losses
-import measured
 from screen import size
 
 if TYPE_CHECKING:
@@ -90,11 +90,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if technique.draft:  # one that cannot be used is refused now, not after the rest
             contenders.plan_of(technique, contenders.read_draft(technique.draft, work), work)
     lost = counted(args, wanted, documents)
-    rows, reads = measure(args, wanted, skipped, work)
+    limits = ceilings.measure(())
+    rows = measure(args, wanted, skipped, work)
+    for row in rows:
+        limits.reached("read", row["gb_per_second"], row["technique"])
+    limits.show_raised()
+    rows = [row | {"share": limits.share("read", row["gb_per_second"])} for row in rows]
     result = {
         "benchmark": "techniques of inference, each beside one row over a dense cache in turns",
         "model": work.name, "settings": {name: getattr(args, name) for name in SETTINGS}, "text": text,
-        "read_gb_per_second": shared(rows, reads), "results": [row | losing(row, lost) for row in rows],
+        "ceilings": limits.told(), "results": [row | losing(row, lost) for row in rows],
         "skipped": skipped,
     }  # fmt: skip
     print(table(result), flush=True)
@@ -105,14 +110,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure(
     args: argparse.Namespace, wanted: dict[str, Technique], skipped: dict[str, str], work: Work
-) -> tuple[list[dict[str, Any]], list[float | None]]:
-    """Every technique in turn with the baseline: what was found, and what plain reads reached; adds to `skipped`."""
+) -> list[dict[str, Any]]:
+    """What was found of every technique, in turn with the baseline; adds to `skipped`."""
     from contenders import Contender, in_turns, unfit
 
     if why := unfit(wanted["cache"], work):
         raise ValueError(f"there is no room for a cache of {work.size} tokens, {why}: lower --prompt-length")
     plain = Contender(wanted["cache"], work)
-    reads, found = [ceiling()], {}
+    found = {}
     alone: dict[int, list[int]] = {}  # what each prompt gives by itself
     for name, technique in wanted.items():
         if name == "cache":
@@ -123,7 +128,6 @@ def measure(
             continue
         side = Contender(technique, work)
         in_turns([plain, side], args.rounds)
-        reads.append(ceiling())
         found[name] = side.facts(plain) | compared(side, plain, alone, args.check_rows)
         ms, ratio = found[name]["ms_per_token"], found[name]["ratio"]
         tell(f"{name}: {digits(ms['median'])} ms a token, {spread(ratio)} times the tokens/s of cache")
@@ -132,7 +136,7 @@ def measure(
     if not found:
         in_turns([plain], args.rounds)
     found["cache"] = plain.facts(plain) | {"same_ids": None, "differs_at": None, "rows_compared": 0}
-    return [{"technique": name, "says": wanted[name].says} | found[name] for name in wanted if name in found], reads
+    return [{"technique": name, "says": wanted[name].says} | found[name] for name in wanted if name in found]
 
 
 def check(args: argparse.Namespace) -> None:
@@ -222,28 +226,6 @@ def rounds_quickly() -> bool:
 
     info = pathlib.Path("/proc/cpuinfo")
     return jax.default_backend() == "cpu" and info.is_file() and "avx512_vnni" in info.read_text()
-
-
-def ceiling() -> float | None:
-    """GB/s that are read at most: on a CPU by a plain read of its memory, of a known chip as its maker says."""
-    import jax
-
-    from jaxinfer import roofline
-
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return measured.plain_read()
-    chip = roofline.chip(device.device_kind)
-    return chip.bandwidth / 1e9 if chip else None
-
-
-def shared(rows: list[dict[str, Any]], reads: list[float | None]) -> float | None:
-    """The most that was read, by a plain read or by a technique; gives every row its share of it."""
-    plain = [read for read in reads if read is not None]  # not known at all, or each time
-    most = max([*plain, *(row["gb_per_second"] for row in rows)]) if plain else None
-    for row in rows:
-        row["share"] = most and row["gb_per_second"] / most
-    return most
 
 
 # --- the model and its text ----------------------------------------------------------------------------------------
@@ -387,12 +369,12 @@ def compared(side: Contender, plain: Contender, alone: dict[int, list[int]], mos
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    what, read = result["settings"], result["read_gb_per_second"]
+    what, read = result["settings"], result["ceilings"]["read"]["rate"]
     told = [
         f"{what['new_tokens']} tokens after prompts of {what['prompt_length']} ({result['text']})",
         f"medians of {what['rounds']} rounds",
+        f"memory is read at {read:.1f} GB/s",
     ]
-    told += [f"memory is read at {read:.1f} GB/s"] if read else []
     if result["results"][0]["bits_per_byte"] is not None:
         told.append(f"bits a byte in float32 on {what['text_rows']} rows of {what['text_length']}")
     lines = [
@@ -420,7 +402,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         size(row["weight_bytes"]),
         size(row["cache_bytes"]),
         "" if peak is None else size(peak),
-        "" if row["share"] is None else f"{row['share']:.2f}",
+        f"{row['share']:.2f}",
         told if bits is None else f"{told} ({bits:.4f})",
         agreed(row),
     ]

@@ -76,7 +76,7 @@ def stand_in(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(shape, capsys, monkeypatch):
+def run(shape, capsys, monkeypatch, little):
     """Runs it on little; gives the lines of stdout, the JSON and stderr."""
     monkeypatch.setattr(bench.measured, "plain_read", lambda: 10.0)
     monkeypatch.setattr(sides, "PAUSE", 0)
@@ -117,6 +117,12 @@ def test_transformers_gives_the_ids_that_jaxinfer_gives(run, monkeypatch):
     held = 2 * 2 * 3 * 8 * 4 * rows * 6  # k and v, layers, heads, width, bytes, rows, tokens: five seen and one written
     moved = rate["weight_bytes"] + (rows - 1) * 24 * 4 + held
     assert rate["gb_per_second"] == pytest.approx(moved * rate["tokens_per_second"]["median"] / rows / 1e9, abs=0.006)
+    assert rate["share"] == pytest.approx(rate["gb_per_second"] / told["ceilings"]["read"]["rate"], abs=1e-3)
+    assert rate["share_beside"] == round(rate["gb_per_second"] / max(rate["gb_per_second"], 10.0), 3)
+    read = told["results"][2]["sides"]["jaxinfer"]
+    products = told["ceilings"]["products"]["float32"]["rate"]
+    assert read["share_of_products"] == pytest.approx(read["gflops_per_second"] / products, abs=1e-3)
+    assert max(read["share_of_products"], rate["share"]) <= 1
     assert sum("transformers float32" in line for line in lines) == 6  # each case, and the summary
 
 

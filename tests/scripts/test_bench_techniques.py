@@ -40,11 +40,10 @@ ROWS = {  # of the table: rows, form of weights, kind of cache
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
+def run(capsys, monkeypatch, tmp_path, little):
     """Runs it: (lines of stdout, the JSON, stderr). `shape=` is of the random weights, None for the built-in model."""
     import runtime
 
-    monkeypatch.setattr(bench.measured, "plain_read", lambda: 10.0)
     monkeypatch.setattr(techniques, "rounds_quickly", lambda: True)
     monkeypatch.setattr(runtime, "keep_programs", lambda wanted: None)
     path = tmp_path / "tiny.json"
@@ -84,7 +83,7 @@ def test_the_table_has_every_technique_and_its_figures_add_up(run, tmp_path):
         times = [made / own / (4 / other) for own, other in zip(row["seconds"], row["baseline_seconds"], strict=True)]
         assert row["ratio"]["median"] == pytest.approx(statistics.median(times))
         assert row["ratio"]["min"] <= row["ratio"]["median"] <= row["ratio"]["max"]
-        assert row["share"] == pytest.approx(row["gb_per_second"] / told["read_gb_per_second"])
+        assert row["share"] == pytest.approx(row["gb_per_second"] / told["ceilings"]["read"]["rate"])
         if name != "all-heads":
             assert row["weight_bytes"] == roofline.weight_bytes(config, roofline.weights_of(form))
             kept = 0 if name == "no-cache" else cache.cache_bytes(config, rows, 16, kind)
