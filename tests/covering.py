@@ -16,6 +16,13 @@ def covering(cases):
     return chosen
 
 
+def pairwise(*axes):
+    """Every combination of the axes' values; all but a covering set of them are left to `-m full`."""
+    cases = list(itertools.product(*axes))
+    few = set(covering(cases))
+    return [case if case in few else in_full(*case) for case in cases]
+
+
 def in_full(*values):
     """A case that the default run leaves to `-m full`."""
     return pytest.param(*values, marks=pytest.mark.full)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attending import arrays, in_pages, rule_of, spec_of
+from covering import pairwise
 
 import jaxinfer
 from jaxinfer import kernels, mesh, models, ops, program
@@ -22,7 +23,7 @@ SHAPES = [  # B, T, N, K, S, H
     (4, 2, 6, 6, 77, 7), (1, 1, 8, 8, 33, 100),
 ]  # fmt: skip
 RULES = [{}, {"window": 9}, {"softcap": 2.0}, {"window": 40, "softcap": 5.0}]
-FORMS = pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+FORMS = ("float32", "bfloat16", "int8")
 
 
 @pytest.fixture
@@ -41,9 +42,7 @@ def plain(q, position, source, spec, sinks=0):
     return ops.attend(q, k, v, position, spec, slot=source.slot, sinks=sinks)
 
 
-@FORMS
-@EVERY_ISA
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "isa", "form"), pairwise(SHAPES, native.ISAS, FORMS), indirect=["isa"], ids=str)
 def test_the_kernel_is_its_plain_twin(shape, isa, form):
     q, position, source = arrays(shape, form)
     for rule in RULES:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import pairwise
 
 from jaxinfer import kernels, ops, program
 from jaxinfer.kernels import KernelChoice, native, products
@@ -16,7 +17,8 @@ from jaxinfer.testing import tiny_model
 
 pytestmark = pytest.mark.usefixtures("kernels_are_built")
 
-DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+BOTH = ("float32", "bfloat16")
+DTYPES = pytest.mark.parametrize("dtype", BOTH)
 SHAPES = [  # M, I, O
     (1, 1, 1), (1, 7, 3), (2, 3, 5), (3, 16, 4), (5, 64, 8), (6, 33, 9), (7, 65, 21), (13, 515, 130), (23, 1024, 4),
     (24, 1025, 31), (70, 515, 33), (1, 4097, 300), (512, 2049, 37), (130, 4100, 6), (150, 4133, 77),
@@ -50,9 +52,7 @@ def exact(x, w):
 # --- it is the product ---------------------------------------------------------------------------------------------
 
 
-@DTYPES
-@EVERY_ISA
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "isa"), pairwise(SHAPES, BOTH, native.ISAS), indirect=["isa"], ids=str)
 def test_the_kernel_is_its_plain_twin(shape, dtype, isa):
     x, w = arrays(shape, dtype)
     got = products.linear(x, w, isa)
@@ -92,7 +92,7 @@ def test_denormal_numbers_count_or_count_as_zero_where_it_says_so(dtype, isa):
     x, w = jnp.asarray(x, dtype), jnp.asarray(w * 2.0**20, dtype)
     truth, size = exact(np.asarray(x).astype(np.float64), w)
     error = np.abs(np.asarray(products.linear(x, w, isa), np.float64) - truth)
-    lost = dtype == jnp.bfloat16 and isa in ("avx512bf16", "amx")
+    lost = dtype == "bfloat16" and isa in ("avx512bf16", "amx")
     flushed = np.finfo(np.float32).tiny * np.abs(np.asarray(w, np.float64)).sum(1)  # each input was less than tiny
     assert (error <= (flushed if lost else 1e-6 * size + np.finfo(np.float32).smallest_subnormal)).all()
 
@@ -113,10 +113,14 @@ def test_what_it_cannot_multiply_is_refused():
 
 # --- weights in codes ----------------------------------------------------------------------------------------------
 
-FORMS = pytest.mark.parametrize("form", ["int8", "int4:32", "int4:96"])
+IN_CODES = ("int8", "int4:32", "int4:96")
+FORMS = pytest.mark.parametrize("form", IN_CODES)
 CODED_SHAPES = [  # M, I, O; I is of whole groups
     (1, 192, 1), (2, 96, 130), (4, 1152, 8), (9, 288, 31), (24, 1152, 9), (300, 672, 21),
 ]  # fmt: skip
+EVERY_CODE = pytest.mark.parametrize(
+    ("shape", "form", "isa"), pairwise(CODED_SHAPES, IN_CODES, native.ISAS), indirect=["isa"], ids=str
+)
 
 
 def in_codes(w, form):
@@ -128,9 +132,7 @@ def coded(x, leaf, isa=None, threads=None, dynamic=False):
     return products.linear(x, leaf.codes, isa, threads, scale=leaf.scale, dynamic=dynamic)
 
 
-@FORMS
-@EVERY_ISA
-@pytest.mark.parametrize("shape", CODED_SHAPES, ids=str)
+@EVERY_CODE
 def test_codes_are_multiplied_as_what_they_stand_for(shape, form, isa):
     x, w = arrays(shape, jnp.float32)
     leaf = in_codes(w, form)
@@ -139,9 +141,7 @@ def test_codes_are_multiplied_as_what_they_stand_for(shape, form, isa):
     assert (np.abs(leaf.plain(x, *leaf.arrays) - truth) <= 2e-6 * size).all()
 
 
-@FORMS
-@EVERY_ISA
-@pytest.mark.parametrize("shape", CODED_SHAPES, ids=str)
+@EVERY_CODE
 def test_rounded_rows_are_multiplied_as_what_their_codes_stand_for(shape, form, isa):
     x, w = arrays(shape, jnp.float32)
     x = x * jnp.logspace(-3, 3, shape[1])  # blocks of very different sizes
@@ -297,9 +297,9 @@ def gate(shape, seed=0):
     return x, weights[: shape[2]], weights[shape[2] :]
 
 
-@GATES
-@EVERY_ISA
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "activation", "isa"), pairwise(SHAPES, products.ACTIVATIONS, native.ISAS), indirect=["isa"], ids=str
+)
 def test_a_gate_and_what_it_opens_are_one_product_that_is_rounded_once(shape, activation, isa):
     x, first, second = gate(shape)
     got = products.gated(x, first, second, activation, isa)
@@ -380,7 +380,7 @@ def example(dtype, rows=3):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_its_gradient_is_the_plain_products(rows, dtype):
     x, w = example(dtype, rows)
-    tolerance = 2e-5 if dtype == jnp.float32 else 2e-2
+    tolerance = 2e-5 if dtype == "float32" else 2e-2
     close(both(jax.value_and_grad(loss, (0, 1)), x, w), tolerance)
     close(both(jax.grad(jax.checkpoint(loss), (0, 1)), x, w), tolerance)
     close(both(lambda x, w: jax.jvp(loss, (x, w), (x, w)), x, w), tolerance)
