@@ -7,8 +7,7 @@
 
 namespace {
 
-constexpr int64_t SIDE = 16;  // lines of a tile
-constexpr int64_t LINE = 64;  // bytes of one, and
+constexpr int64_t SIDE = 16;  // lines of a tile, of LINE bytes each, and
 constexpr int64_t STEP = 32;  // numbers
 
 // Compilers do not know that tiles and their configuration are loaded from memory: what was stored before must be

@@ -17,6 +17,7 @@ typedef float F4 __attribute__((vector_size(16), aligned(4), may_alias));
 constexpr int64_t CHUNK = 32;            // vectors of a row that are summed up together: a tile's fit the first cache
 constexpr int64_t X_BYTES = 384 * 1024;  // of x, ready to be multiplied: they stay in the second cache
 constexpr int64_t PACKED_ROWS = 24;      // so many rows repay a copy of w's chunks
+constexpr int64_t LINE = 64;             // bytes that memory gives at once
 constexpr int SECOND_CACHE = 2;          // a prefetch's locality: the first cache is full of what is being multiplied
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -163,13 +164,17 @@ struct Linear {
   template <int R, bool PACKED, int FETCH>
   static void tile(const X* x, const W* packed, const Row* w, const char* const* next, int64_t length,
                    bool first, float* y, int64_t stride, int columns) {
+    constexpr int STEPS = T::BYTES < LINE ? LINE / T::BYTES : 1;  // of a line of memory, which is asked for once
     typename T::V sum[R][COLUMNS];
     W v[COLUMNS];
     EACH(r, R) EACH(c, COLUMNS) sum[r][c] = T::zero();
     int64_t full = PACKED ? parts(length, WIDTH) : length / WIDTH;
     for (int64_t s = 0; s < full; s++) {
       EACH(c, COLUMNS) v[c] = PACKED ? packed[s * COLUMNS + c] : T::weight(w[c], s);
-      EACH(c, FETCH) __builtin_prefetch(next[c] + s * T::BYTES, 0, SECOND_CACHE);
+      EACH(i, parts(FETCH, STEPS)) {
+        int c = int(s % STEPS) + i * STEPS;
+        if (c < FETCH) __builtin_prefetch(next[c] + s / STEPS * STEPS * T::BYTES, 0, SECOND_CACHE);
+      }
       EACH(r, R) {
         X row = x[s * R + r];
         EACH(c, COLUMNS) sum[r][c] = T::step(sum[r][c], row, v[c]);
