@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "reference"],
         help="reference: XLA's form",
     )
+    add(
+        "--queries",
+        default="bfloat16",
+        choices=["float32", "bfloat16"],
+        help="dtype of those to int8 (default: %(default)s; to other caches they are as these)",
+    )
     add("--rounds", type=int, default=7)
 
 
@@ -61,7 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     limits.show_raised()
     return {
         "benchmark": "attention of a decode step alone; ms are of one layer",
-        **{name: getattr(args, name) for name in ("rows", "heads", "kv_heads", "head_dim", "rounds")},
+        **{name: getattr(args, name) for name in ("rows", "heads", "kv_heads", "head_dim", "queries", "rounds")},
         "ceilings": limits.told(),
         "results": [
             line | {"share": round(limits.share("read", line["gb_per_second"]), 3)} for line in results
@@ -169,7 +175,7 @@ def measure(args: argparse.Namespace, shapes: list[tuple[int, int]], dtype: str)
     """Every shape with every kernel in turn, and the reads."""
     runs: dict[Any, Callable[[], object]] = {}
     for valid, room in shapes:
-        attend = attention(args, valid, room, dtype, turns=TURNS)
+        attend = attention(args, valid, room, dtype, codes=args.queries, turns=TURNS)
         runs |= {(valid, room, kernel): functools.partial(attend, kernel) for kernel in args.kernel}
     reads = measured.reads(measured.READ)
     took = measured.seconds(runs | reads.ways, args.rounds)

@@ -36,6 +36,7 @@ def test_attention_is_measured_over_what_is_valid(run, tmp_path):
     assert json.loads(where.read_text()) == told and told["suite"] == "attention"
     assert told["command"].startswith("python scripts/bench.py attention") and "attention.json" in told["command"]
     assert str(tmp_path) not in told["command"]
+    assert told["queries"] == "bfloat16"
     assert len(told["results"]) == 8 and len(told["ceilings"]["products"]) == 3
     assert len([line for line in lines if " of the ceiling, " in line]) == 8
     for line in told["results"]:
