@@ -239,10 +239,10 @@ class Bench:
             told[name] |= {"ratio": measured.spread(ratios), "same_ids": f"{same} of {of}"}
             if same < of and dtype == "float32":
                 say(f"{work} of {count(rows)}: in float32 {name} gives {same} of the {of} ids that jaxinfer gives")
-        told["jaxinfer"] |= self.reached(sides["jaxinfer"], dtype, work, rows, statistics.median(rates["jaxinfer"]))
-        if "gb_per_second" in told["jaxinfer"]:
-            speed = told["jaxinfer"]["gb_per_second"]
-            told["jaxinfer"]["share_beside"] = round(speed / max(speed, plain), 3)
+        reached = self.reached(sides["jaxinfer"], dtype, work, rows, statistics.median(rates["jaxinfer"]))
+        if speed := reached.get("gb_per_second"):
+            reached["share_beside"] = round(speed / max(speed, plain), 3)
+        told["jaxinfer"] |= reached
         every = [turn for turns in rounds for turn in turns.values()]
         busy = sum(turn.others for turn in every) / sum(turn.whole for turn in every)
         if busy > IDLE:
