@@ -17,7 +17,8 @@ enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
 
 const Attender& choose(int32_t isa, Form form, bool half) {
 #if WITH_AVX512
-  if (isa >= AVX512BF16 && form == BF16 && half) return avx512bf16_attend;
+  // Processors with AMX make pairs of bfloat16 at half the rate of floats, and are done sooner by widening them.
+  if (isa == AVX512BF16 && form == BF16 && half) return avx512bf16_attend;
   if (isa == best_isa() && form == INT8 && half && has_vnni()) return avx512vnni_attend;
   static const Attender* const avx512[] = {&avx512_attend_f32, &avx512_attend_bf16, &avx512_attend_int8};
   if (isa >= AVX512) return *avx512[form];
