@@ -177,12 +177,16 @@ def multiply(x: Any, w: Any, kernel: str) -> Any:
 def math_of(form: str | None, dtype: str) -> str:
     """The dtype whose products bound a program: with weights in `form`, or (None) as they are, in `dtype`.
 
-    A CPU widens codes to float32; where rows are rounded too, codes meet codes.
+    A CPU widens codes to float32, or for many rows of bfloat16, where it has tiles for these, to it; where rows are
+    rounded too, codes meet codes.
     """
     import jax
 
+    from jaxinfer.kernels import native
     from jaxinfer.quantization import parse_form
 
     if form is None or jax.default_backend() != "cpu":
         return dtype
-    return "int8" if parse_form(form).dynamic else "float32"
+    if parse_form(form).dynamic:
+        return "int8"
+    return "bfloat16" if dtype == "bfloat16" and native.best() == "amx" else "float32"

@@ -125,11 +125,10 @@ def unknown(x: Array, w: Array, scale: Array | None = None) -> str | None:
     """Why the CPU kernel cannot multiply such arrays, or None if it can."""
     if scale is None:
         known = x.dtype == w.dtype and w.dtype in (jnp.float32, jnp.bfloat16)
-    elif w.dtype == jnp.int8:
-        known = x.dtype in (jnp.float32, jnp.bfloat16) and scale.dtype == jnp.float32
     else:
-        known = (x.dtype, w.dtype, scale.dtype) == (jnp.float32, jnp.uint8, jnp.float16)
-        known = known and x.shape[1] % (scale.shape[1] * products.UNIT) == 0
+        known = x.dtype in (jnp.float32, jnp.bfloat16)
+        known = known and (w.dtype, scale.dtype) in ((jnp.int8, jnp.float32), (jnp.uint8, jnp.float16))
+        known = known and (scale.ndim == 1 or x.shape[1] % (scale.shape[1] * products.UNIT) == 0)
     return None if known else f"it multiplies no {x.dtype} with {w.dtype}"
 
 

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def math_of(dtype: str) -> str:
     """The dtype whose products bound work in a dtype."""
-    return ceilings.math_of(None if dtype in FLOATS else dtype, dtype)
+    return ceilings.math_of(None, dtype) if dtype in FLOATS else ceilings.math_of(dtype, "bfloat16")
 
 
 def share(side: dict[str, Any], limits: ceilings.Ceilings, dtype: str) -> dict[str, float]:

@@ -179,6 +179,7 @@ def test_bfloat16_beside_codes_is_widened_but_where_tiles_are_faster(more, form,
     widened = not more or native.best() != "amx"
     assert kernels.choice().readable(x, leaf.codes, False).dtype == (jnp.float32 if widened else jnp.bfloat16)
     assert kernels.choice().readable(x, leaf.codes, True).dtype == jnp.float32
+    assert native.CODED in jax.jit(leaf.multiply).lower(x).as_text(), "by the kernel in either case"
     truth, size = exact(x, leaf.decode())
     assert (np.abs(leaf.multiply(x) - truth) <= 1e-6 * size).all()
 
