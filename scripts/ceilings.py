@@ -21,6 +21,7 @@ from screen import size
 READ = 2 * 10**9  # bytes
 PASSES = 20
 PRODUCTS = ("float32", "bfloat16", "int8")
+PLAIN = ("float32", "bfloat16", "float16")  # what is no codes
 CPU, LARGE = (512, 2048, 8192), (8192, 8192, 8192)  # rows, inputs, outputs
 ROUNDS = 5
 
@@ -149,7 +150,7 @@ def programs(dtype: str) -> tuple[float, dict[str, Callable[[], object]]]:
 
 def rows_of(form: str) -> str:
     """The dtype of rows that meet weights in a form: bfloat16 meets bfloat16, and float32 all others."""
-    return form if form in ("bfloat16", "float16") else "float32"
+    return form if form in PLAIN else "float32"
 
 
 def weight(key: Any, outer: int, inner: int, form: str) -> Any:
@@ -159,7 +160,7 @@ def weight(key: Any, outer: int, inner: int, form: str) -> Any:
     from jaxinfer.models import quantize_one
     from jaxinfer.quantization import parse_form
 
-    if form in ("float32", "bfloat16", "float16"):
+    if form in PLAIN:
         return jax.random.normal(key, (outer, inner), form)
     return quantize_one("up", jax.random.normal(key, (outer, inner)), parse_form(form), tied=False)
 
@@ -175,7 +176,7 @@ def multiply(x: Any, w: Any, kernel: str) -> Any:
 
 
 def math_of(form: str | None, dtype: str) -> str:
-    """The dtype whose products bound a program: with weights in `form`, or (None) as they are, in `dtype`.
+    """The dtype whose products bound a program: rows of `dtype` with weights in `form`, or (None) as they are.
 
     A CPU widens codes to float32, or for many rows of bfloat16, where it has tiles for these, to it; where rows are
     rounded too, codes meet codes.
@@ -185,7 +186,7 @@ def math_of(form: str | None, dtype: str) -> str:
     from jaxinfer.kernels import native
     from jaxinfer.quantization import parse_form
 
-    if form is None or jax.default_backend() != "cpu":
+    if form is None or form in PLAIN or jax.default_backend() != "cpu":
         return dtype
     if parse_form(form).dynamic:
         return "int8"

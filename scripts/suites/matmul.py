@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     inner, _, outer = args.shape.partition("x")
     if not (inner.isdecimal() and outer.isdecimal() and int(inner) and int(outer)):
         raise ValueError(f"--shape is {args.shape}: write inputs x outputs, such as 2048x8192")
-    maths = {form: math_of(form) for form in args.form}
+    maths = {form: ceilings.math_of(form, ceilings.rows_of(form)) for form in args.form}
     limits = ceilings.measure()
     reads = measured.reads(measured.READ)
     results = []
@@ -61,12 +61,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "ceilings": limits.told(),
         "results": [line | shares(line, limits, maths[line["form"]]) for line in results],
     }
-
-
-def math_of(form: str) -> str:
-    """The dtype whose products bound those with weights in this form."""
-    plain = form in ("float32", "bfloat16")
-    return ceilings.math_of(None if plain else form, form if plain else "float32")
 
 
 def shares(line: dict[str, Any], limits: ceilings.Ceilings, math: str) -> dict[str, Any]:

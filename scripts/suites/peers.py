@@ -89,11 +89,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         files.check(forms_of(args.dtype, peers))
         if files.random:
             files.write_random(args.seed)
-        bench.limits = ceilings.measure(tuple(dict.fromkeys(map(math_of, args.dtype))))
-        results = [line for dtype in args.dtype for line in bench.compare(dtype)]
-    bench.limits.show_raised()
+        limits = ceilings.measure(tuple(dict.fromkeys(map(math_of, args.dtype))))
+        results = [line for dtype in args.dtype for line in bench.compare(dtype, limits)]
+    limits.show_raised()
     for result in results:  # of the ceilings as they are by now
-        result["sides"]["jaxinfer"] |= share(result["sides"]["jaxinfer"], bench.limits, result["dtype"])
+        result["sides"]["jaxinfer"] |= share(result["sides"]["jaxinfer"], limits, result["dtype"])
     print_summary(results)
     return {
         "benchmark": "the same work in jaxinfer and its peers, greedy, the same weights; ratios are jaxinfer over peer",
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "prompt_length": args.prompt_length,
         "new_tokens": args.new_tokens,
         "rounds": args.rounds,
-        "ceilings": bench.limits.told(),
+        "ceilings": limits.told(),
         "results": results,
         "left_out": bench.left_out,
         "versions": measured.versions() | bench.versions,
@@ -109,8 +109,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def math_of(dtype: str) -> str:
-    """The dtype whose products bound work in a dtype."""
-    return ceilings.math_of(None, dtype) if dtype in FLOATS else ceilings.math_of(dtype, "bfloat16")
+    """The dtype whose products bound work in a dtype; codes meet rows of bfloat16."""
+    return ceilings.math_of(dtype, dtype if dtype in FLOATS else "bfloat16")
 
 
 def share(side: dict[str, Any], limits: ceilings.Ceilings, dtype: str) -> dict[str, float]:
@@ -148,7 +148,6 @@ class Bench:
         self.size = args.prompt_length + args.new_tokens + 1
         self.left_out: list[dict[str, str]] = []
         self.versions: dict[str, str] = {}
-        self.limits = ceilings.Ceilings({}, 0)
         for dtype in args.dtype:
             self.check_memory(dtype)
 
@@ -177,7 +176,7 @@ class Bench:
 
     # --- a dtype ---------------------------------------------------------------------------------------------------
 
-    def compare(self, dtype: str) -> list[dict[str, Any]]:
+    def compare(self, dtype: str, limits: ceilings.Ceilings) -> list[dict[str, Any]]:
         """All work in one dtype, by sides that are started for it and end with it."""
         with contextlib.ExitStack() as running:
             sides: dict[str, Side] = {}
@@ -186,7 +185,8 @@ class Bench:
                     sides[name] = self.begin(running, name, start, dtype)
                 except (Lost, ValueError, ImportError) as why:
                     self.drop(sides, name, dtype, why)
-            return [self.measure(sides, dtype, work, rows) for work in self.args.work for rows in self.rows_of(work)]
+            cases = [(work, rows) for work in self.args.work for rows in self.rows_of(work)]
+            return [self.measure(sides, dtype, work, rows, limits) for work, rows in cases]
 
     def begin(self, running: contextlib.ExitStack, name: str, start: Start, dtype: str) -> Side:
         """A side with the weights loaded; its process ends with `running`."""
@@ -216,7 +216,9 @@ class Bench:
 
     # --- a measurement ---------------------------------------------------------------------------------------------
 
-    def measure(self, sides: dict[str, Side], dtype: str, work: str, rows: int) -> dict[str, Any]:
+    def measure(
+        self, sides: dict[str, Side], dtype: str, work: str, rows: int, limits: ceilings.Ceilings
+    ) -> dict[str, Any]:
         """Some work by all sides in turn."""
         import numpy as np
 
@@ -239,11 +241,15 @@ class Bench:
             told[name] |= {"ratio": measured.spread(ratios), "same_ids": f"{same} of {of}"}
             if same < of and dtype == "float32":
                 say(f"{work} of {count(rows)}: in float32 {name} gives {same} of the {of} ids that jaxinfer gives")
-        reached = self.reached(sides["jaxinfer"], dtype, work, rows, statistics.median(rates["jaxinfer"]))
+        reached = self.reached(sides["jaxinfer"], work, rows, statistics.median(rates["jaxinfer"]))
+        by = f"{work} of {count(rows)} in {dtype}"
         if "gb_per_second" in reached:
             speed = reached["gb_per_second"]
+            limits.reached("read", speed, by)
             reached["share_beside"] = round(speed / max(speed, plain), 3)
-        told["jaxinfer"] |= reached
+        else:
+            limits.reached(math_of(dtype), reached["gflops_per_second"], by)
+        told["jaxinfer"] |= reached | share(reached, limits, dtype)
         every = [turn for turns in rounds for turn in turns.values()]
         busy = sum(turn.others for turn in every) / sum(turn.whole for turn in every)
         if busy > IDLE:
@@ -266,22 +272,18 @@ class Bench:
                 self.drop(sides, name, dtype, why)
         return given
 
-    def reached(self, side: Side, dtype: str, work: str, rows: int, rate: float) -> dict[str, float]:
-        """What jaxinfer's rate comes to, GB/s of weights and cache or GFLOP/s, and its share of the ceiling."""
+    def reached(self, side: Side, work: str, rows: int, rate: float) -> dict[str, float]:
+        """What jaxinfer's rate comes to: GB/s of weights and cache, or GFLOP/s."""
         from jaxinfer import roofline
 
         length, num = self.args.prompt_length, self.args.new_tokens
         if work == "prefill":
             flops = roofline.forward_flops(self.config, length, [0] * rows, scored=1)
-            told = {"gflops_per_second": round(flops * rate / (rows * length) / 1e9, 1)}
-            self.limits.reached(math_of(dtype), told["gflops_per_second"], f"prefill of {count(rows)} in {dtype}")
-            return told | share(told, self.limits, dtype)
+            return {"gflops_per_second": round(flops * rate / (rows * length) / 1e9, 1)}
         moved = roofline.decode_bytes(
             self.config, rows, length + num // 2, packed(side.form), cache_dtype=side.told["cache"]
         )
-        told = {"gb_per_second": round(moved * rate / rows / 1e9, 2)}
-        self.limits.reached("read", told["gb_per_second"], f"decode of {count(rows)} in {dtype}")
-        return told | share(told, self.limits, dtype)
+        return {"gb_per_second": round(moved * rate / rows / 1e9, 2)}
 
 
 # --- what is printed -----------------------------------------------------------------------------------------------
