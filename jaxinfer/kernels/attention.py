@@ -2,11 +2,11 @@
 
 The kernel (csrc/attend.h) reads the slots that some query sees, each once, in the form in which it lies: in a row, or
 in pages of a pool. Scores, softmax and sums are float32, and what is float32 is not rounded. Queries of bfloat16 meet a
-cache of it with weights that are rounded to it, as in the plain form, where AVX-512 BF16 multiplies pairs of them. They
-meet int8 as integers of 16 bits, which their weights become too, times the largest of a query and of a block: finer
-than bfloat16, and summed exactly. A query has the same bits alone and among any others, whatever the number of rows,
-queries and threads; but where the processor has AMX, up to FEW queries of bfloat16 are taken as floats, which is sooner
-there than pairs, and more by its tiles (csrc/amxattend.cc), in another order of summation and with rounded weights.
+cache of it with weights that are rounded to it, as in the plain form, where AVX-512 BF16 or AMX multiplies pairs of
+them. They meet int8 as integers of 16 bits, which their weights become too, times the largest of a query and of a
+block: finer than bfloat16, and summed exactly. A query has the same bits alone and among any others, whatever the
+number of rows, queries and threads; but where the processor has AMX, up to FEW queries of bfloat16 a row
+(csrc/amxfew.cc) and more than those (csrc/amxattend.cc) are summed in different orders.
 """
 
 from __future__ import annotations

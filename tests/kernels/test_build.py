@@ -47,7 +47,7 @@ def finish(process):
     [
         ("flags : sse2 avx2 fma\n", False, False),
         ("flags : avx2 avx512f avx512bw\n", True, False),
-        ("flags : avx2 avx512f amx_bf16 amx_tile\n", True, True),
+        ("flags : avx2 avx512f amx_bf16 amx_tile amx_int8\n", True, True),
         ("Features : asimd\n", True, False),
     ],
 )

@@ -14,23 +14,28 @@ constexpr int64_t STEP = 32;  // numbers
 // there.
 inline void stored(const void* at) { asm volatile("" ::"r"(at) : "memory"); }
 
-// Tiles 0 to 3 are sums, 4 and 5 are left of a product, 6 and 7 right of it: so many columns, of four bytes, have
-// these, and the sums.
+struct Shape {
+  int64_t lines, bytes;  // of a tile, and of each of its lines
+};
+
+// The eight tiles, in shapes of their own as long as this lives.
 class Tiles {
  public:
-  explicit Tiles(int64_t columns) {
+  explicit Tiles(const Shape (&shape)[8]) {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
-    for (int i = 0; i < 8; i++) {
-      config.rows[i] = SIDE;
-      config.bytes[i] = uint16_t(i == 4 || i == 5 ? LINE : columns * 4);
-    }
+    for (int i = 0; i < 8; i++) config.rows[i] = uint8_t(shape[i].lines), config.bytes[i] = uint16_t(shape[i].bytes);
     stored(&config);
     _tile_loadconfig(&config);
   }
+  // Of a product: 0 to 3 are sums, 4 and 5 left of it, 6 and 7 right of it: so many columns, of four bytes, have these,
+  // and the sums.
+  explicit Tiles(int64_t columns) : Tiles({{SIDE, columns * 4}, {SIDE, columns * 4}, {SIDE, columns * 4},
+                                           {SIDE, columns * 4}, {SIDE, LINE}, {SIDE, LINE}, {SIDE, columns * 4},
+                                           {SIDE, columns * 4}}) {}
   ~Tiles() { _tile_release(); }
 };
 

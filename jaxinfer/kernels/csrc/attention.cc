@@ -16,8 +16,11 @@ constexpr int64_t SMALL_BYTES = 128 * 1024;  // of keys and values, that are rea
 enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
 
 const Attender& choose(int32_t isa, Form form, bool half) {
+#if WITH_AMX
+  if (isa == AMX && form == BF16 && half) return amx_attend_bf16;
+  if (isa == AMX && form == INT8 && half) return amx_attend_int8;
+#endif
 #if WITH_AVX512
-  // Processors with AMX make pairs of bfloat16 at half the rate of floats, and are done sooner by widening them.
   if (isa == AVX512BF16 && form == BF16 && half) return avx512bf16_attend;
   if (isa == best_isa() && form == INT8 && half && has_vnni()) return avx512vnni_attend;
   static const Attender* const avx512[] = {&avx512_attend_f32, &avx512_attend_bf16, &avx512_attend_int8};

@@ -61,5 +61,6 @@ extern const Attender portable_attend_f32, portable_attend_bf16, portable_attend
 extern const Attender avx2_attend_f32, avx2_attend_bf16, avx2_attend_int8;
 extern const Attender avx512_attend_f32, avx512_attend_bf16, avx512_attend_int8;
 extern const Crowd amx_crowd;
+extern const Attender amx_attend_bf16, amx_attend_int8;
 extern const Attender avx512bf16_attend, avx512vnni_attend;  // of queries that are numbers of bfloat16: bfloat16, int8
 #endif

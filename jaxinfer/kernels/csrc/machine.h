@@ -34,11 +34,12 @@ namespace {
 
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3, AMX = 4 };
 
-// Whether there are tiles of bfloat16, and the system lets this process have them, which it does for those that ask.
+// Whether there are tiles of bfloat16 and int8, and the system lets this process have them, as it does if it is asked.
 bool has_amx() {
 #if WITH_AMX && defined(__linux__)
   unsigned a, b, c, d, low, high;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 22 & 1)) return false;  // AMX-TILE, AMX-BF16
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1)) return false;  // AMX-TILE
+  if (!(d >> 22 & 1) || !(d >> 25 & 1) || !(c >> 1 & 1)) return false;  // AMX-BF16, AMX-INT8, AVX512-VBMI
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;                             // OSXSAVE
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if ((low >> 17 & 3) != 3) return false;
