@@ -155,14 +155,15 @@ def scattered(pages: Any) -> Any:
     return pages.replace(table=table.astype(pages.table.dtype), lacking=jax.numpy.zeros(len(table), bool)).counted()
 
 
-def filled(x: Any) -> Any:
+def filled(seed: int, x: Any) -> Any:
     """An array of numbers that no product is quick with."""
     import jax
     import jax.numpy as jnp
 
+    key = jax.random.key(seed)
     if x.dtype == jnp.int8:
-        return jax.random.randint(jax.random.key(1), x.shape, -127, 128, x.dtype)
-    numbers = 0.02 * (1 + jax.random.uniform(jax.random.key(2), x.shape))
+        return jax.random.randint(key, x.shape, -127, 128, x.dtype)
+    numbers = 0.02 * (1 + jax.random.uniform(key, x.shape))
     if x.dtype == jnp.uint16:  # the bits of bfloat16
         return jax.lax.bitcast_convert_type(numbers.astype(jnp.bfloat16), x.dtype)
     return numbers.astype(x.dtype)
@@ -212,7 +213,8 @@ def attention(
 
     shape, spec = empty(args, valid, room, dtype, paged), layer(args)
     pages = shape.pages and scattered(shape.pages)
-    drawn = jax.tree.map(filled, shape.layers[0])
+    leaves, form = jax.tree.flatten(shape.layers[0])
+    drawn = jax.tree.unflatten(form, [filled(seed, x) for seed, x in enumerate(leaves)])
     layers = tuple(jax.tree.map(jnp.copy, drawn) for _ in shape.layers)  # sooner than to draw each
     length = jnp.full(args.rows, valid - 1, jnp.int32)
     queries = codes if dtype == "int8" else dtype

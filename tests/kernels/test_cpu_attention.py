@@ -166,6 +166,47 @@ def test_scores_of_any_size_are_weighed_as_the_softmax_weighs_them():
         np.testing.assert_allclose(got, plain(q, position, source, spec), atol=3e-6 + 2e-7 * min(size, 1e3))
 
 
+@EVERY_ISA
+@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+def test_queries_of_bfloat16_weigh_scores_of_any_size(form, isa):
+    shape = (1, 3, 6, 2, 500, 8)
+    q, position, source = arrays(shape, form)
+    q = q.astype(jnp.bfloat16)
+    for size in (1e-6, 1.0, 30.0, 1e4, 1e18):
+        spec = spec_of(shape).replace(scale=size)
+        got = attend(q, position, source.kept, rule_of(spec), isa)
+        exact = plain(q.astype(jnp.float32), position, source, spec)
+        assert np.isfinite(got).all()
+        if form == "int8" and size > 100:  # scores of integers of 16 bits: which is largest may be another
+            continue
+        weighed = plain(q.astype(jnp.float32), position, source.replace(v=Plain(jnp.abs(source.v.decode()))), spec)
+        assert (np.abs(got - exact) <= 2**-8 * weighed + 3e-6 + 2e-7 * min(size, 1e3)).all()
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+def test_no_number_reaches_only_those_queries_of_bfloat16_who_see_it(form, isa):
+    shape = (3, 2, 8, 2, 60, 16)
+    q, _, source = arrays(shape, form)
+    q, rule = q.astype(jnp.bfloat16), rule_of(spec_of(shape))
+    position = jnp.array([[40, 41], [40, 41], [40, 41]], jnp.int32)
+    clean = np.asarray(attend(q, position, source.kept, rule, isa))
+    broken = np.array(attend(q.at[1, 0, 5, 3].set(jnp.nan), position, source.kept, rule, isa))
+    assert np.isnan(broken[1, 0, 5]).all()
+    broken[1, 0, 5] = clean[1, 0, 5]
+    np.testing.assert_array_equal(broken, clean)
+    kept = source.kept
+    if form == "int8":  # a scale that is none
+        kept = kept._replace(scales=(kept.scales[0].at[2, 1, 7].set(jnp.nan), kept.scales[1].at[0, 0, 8].set(jnp.nan)))
+    else:
+        kept = kept._replace(k=kept.k.at[2, 1, 7, 3].set(jnp.nan), v=kept.v.at[0, 0, 8].set(jnp.nan))
+    broken = np.asarray(attend(q, position, kept, rule, isa))
+    assert np.isnan(broken[2, :, 4:]).all() and np.isnan(broken[0, :, :4]).all()
+    np.testing.assert_array_equal(broken[1], clean[1])
+    np.testing.assert_array_equal(broken[2, :, :4], clean[2, :, :4])
+    np.testing.assert_array_equal(broken[0, :, 4:], clean[0, :, 4:])
+
+
 # --- many queries of bfloat16: by tiles -----------------------------------------------------------------------------
 
 CROWDS = [  # B, T, N, K, S, H; T above FEW

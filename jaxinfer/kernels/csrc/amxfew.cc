@@ -20,8 +20,18 @@ constexpr int64_t QUAD = 4;     // queries of a vector, and
 constexpr int64_t LANES = 4;    // slots
 constexpr int64_t TILE = SIDE * LINE;  // bytes
 
-// e^x for x <= 0, within 2 ulp, as Soft::exp by other instructions: numbers below the normal ones come out too, as 0 what
-// is less than those.
+// Numbers below the normal ones count as zero, in and out, as they do in tiles: weights far below the largest are many of
+// those, and each takes as long as a hundred others.
+class Flushing {
+ public:
+  Flushing() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~Flushing() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+};
+
+// e^x for x <= 0, within 2 ulp: Soft::exp by other instructions.
 inline V power(V x) {
   x = _mm512_max_ps(_mm512_set1_ps(-110), x);  // which is x where that is no number
   V n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
@@ -55,10 +65,9 @@ struct Halves {
   static constexpr int64_t DIGITS = 1, STEP = LINE / 2, WORD = 2;  // numbers of a line, and of four bytes
 
   static float ready(const float* from, int64_t H, int64_t wide, uint16_t* to) {
-    for (int64_t i = 0; i < wide; i++) {
-      uint32_t bits = 0;
-      if (i < H) __builtin_memcpy(&bits, from + i, sizeof bits);
-      to[i] = uint16_t(bits >> 16);
+    for (int64_t i = 0; i < wide; i += 16) {
+      __m512i bits = _mm512_maskz_loadu_epi32(::first(H - i), from + i);
+      _mm256_store_si256((__m256i*)(to + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
     }
     return 1;
   }
@@ -191,21 +200,23 @@ struct Codes {
 // are worked out: what is asked for at once holds all places that loads may wait in, and nothing is worked out meanwhile.
 struct Ahead {
   const Attention& a;
-  const int64_t b, h, size;  // bytes of a number
+  const int64_t size;  // bytes of a number
+  Span rest = {};
   const char *k = nullptr, *v = nullptr;
-  int64_t slot = 0, end = 0, left = 0;  // of slots; and lines of those that lie side by side
+  int64_t left = 0;  // lines that lie side by side
   int64_t lines = 0, ticks = 1, owed = 0;
 
-  // Slots [first, end) by so many ticks. The last eighth is left to what the processor foresees itself: to ask for it
-  // when it is about to be read costs more.
-  void start(int64_t first, int64_t last, int64_t many) {
-    slot = first, end = last, left = owed = 0, ticks = many * 8;
-    lines = first < last ? parts((last - first) * a.H * size, LINE) * 7 : 0;
+  // What a span says, by so many ticks. The last eighth is left to what the processor foresees itself: to ask for it when
+  // it is about to be read costs more.
+  void start(const Span& span, int64_t many) {
+    rest = span, left = owed = 0, ticks = many * 8;
+    lines = span.begin < span.end ? parts((span.end - span.begin) * a.H * size, LINE) * 7 : 0;
   }
   __attribute__((always_inline)) void turn() {
-    if (slot >= end) return;
-    int64_t n = least(end - slot, a.together(slot)), place = a.place(b, h, slot), at = place * a.H * size;
-    k = (const char*)a.k + at, v = (const char*)a.v + at, left = parts(n * a.H * size, LINE), slot += n;
+    if (rest.begin >= rest.end) return;
+    int64_t n = least(rest.end - rest.begin, a.together(rest.begin)), place = a.place(rest.b, rest.h, rest.begin);
+    k = (const char*)a.k + place * a.H * size, v = (const char*)a.v + place * a.H * size;
+    left = parts(n * a.H * size, LINE), rest.begin += n;
     for (int64_t i = place; a.k_scale && i < place + n; i += LINE / 4) {
       __builtin_prefetch(a.k_scale + i, 0, FIRST_CACHE);
       __builtin_prefetch(a.v_scale + i, 0, FIRST_CACHE);
@@ -237,6 +248,7 @@ struct Few {
 
   const Attention& a;
   const int64_t b, h, end;
+  const Foresight* foresight;
   const int64_t steps, wide;  // lines of a head, and numbers of those
   const int64_t quads;
   Ahead ahead;
@@ -269,11 +281,11 @@ struct Few {
     return size_t(at - from);
   }
 
-  Few(const Attention& a, int64_t b, int64_t h, int64_t end)
-      : a(a), b(b), h(h), end(end), steps(parts(a.H, STEP)), wide(steps * STEP), quads(parts(a.queries(), QUAD)),
-        ahead{a, b, h, SIZE} {}
+  Few(const Attention& a, const Span& span, const Foresight* foresight)
+      : a(a), b(span.b), h(span.h), end(span.end), foresight(foresight), steps(parts(a.H, STEP)), wide(steps * STEP),
+        quads(parts(a.queries(), QUAD)), ahead{a, SIZE} {}
 
-  static size_t scratch(const Attention& a) { return Few(a, 0, 0, 0).lay(nullptr); }
+  static size_t scratch(const Attention& a) { return Few(a, {}, nullptr).lay(nullptr); }
 
   void ready() {
     int64_t R = a.queries(), G = a.N / a.K;
@@ -395,7 +407,9 @@ struct Few {
       _mm512_store_ps(s + i * 16, x);
     }
     _mm512_store_ps(own.total, total);
-    return Form::weights(s, largest(_mm512_mask_blend_ps(odd, peak, _mm512_set1_ps(__builtin_nanf("")))), weights);
+    unsigned none = (odd | odd >> 4 | odd >> 8 | odd >> 12) & 15;  // queries, one of whose weights is no number
+    peak = _mm512_mask_blend_ps(__mmask16(none * 0x1111), largest(peak), _mm512_set1_ps(__builtin_nanf("")));
+    return Form::weights(s, peak, weights);
   }
 
   void look(int64_t begin) {
@@ -404,8 +418,10 @@ struct Few {
       const char *keys = lines(a.k, first, n, k, &line), *values = lines(a.v, first, n, v, &line);
       const float *ks = scales(a.k_scale, first, n, k_scale), *vs = scales(a.v_scale, first, n, v_scale);
       stored(k);
-      ahead.start(first + STEP, least(end, first + 2 * STEP),
-                  quads * (8 + 2 * STEP / LANES + wide / 16) + STEP / WORD);
+      Span next = {b, h, first + STEP, end};
+      if (next.begin >= end && foresight->next(&next)) next.begin = next.begin / STEP * STEP;
+      next.end = least(next.end, next.begin + STEP);
+      ahead.start(next, quads * (8 + 2 * STEP / LANES + wide / 16) + STEP / WORD);
       for (int64_t j = 0; j < quads; j++) {
         float* to = out + j * QUAD * wide;
         score(q + j * wide / WORD * ROW, keys, line);
@@ -435,19 +451,22 @@ struct Few {
       float *to = sums + r * (a.H + 2), total = 0;
       for (int64_t c = r % QUAD; c < LANES * QUAD; c += QUAD) total += own.total[c];
       to[0] = own.best[r % QUAD], to[1] = total;
-      for (int64_t i = 0; i < a.H; i++)
-        to[2 + i] = from[i / STEP * STEP + i % PART / 4 * 16 + i % STEP / PART * 4 + i % 4];
+      auto at = [&](int64_t i) { return from + i / STEP * STEP + i % PART / 4 * 16 + i % STEP / PART * 4; };
+      int64_t whole = a.H / 4 * 4;
+      for (int64_t i = 0; i < whole; i += 4) __builtin_memcpy(to + 2 + i, at(i), 4 * sizeof(float));
+      for (int64_t i = whole; i < a.H; i++) to[2 + i] = at(i)[i % 4];
     }
   }
 
-  static void span(const Attention& a, int64_t b, int64_t h, int64_t begin, int64_t end, float* sums, void* scratch) {
+  static void span(const Attention& a, const Span& span, const Foresight& foresight, float* sums, void* scratch) {
     // Sums of scores, two; lines of keys or values, two; queries; a sum of values; weights.
     Tiles configured({{SIDE, ROW}, {SIDE, ROW}, {SIDE, LINE}, {SIDE, LINE}, {SIDE, ROW}, {SHORT, LINE}, {SHORT, LINE},
                       {SHORT, LINE}});
-    Few few(a, b, h, end);
+    Flushing flushing;
+    Few few(a, span, &foresight);
     few.lay((char*)scratch);
     few.ready();
-    few.look(begin);
+    few.look(span.begin);
     few.give(sums);
   }
 

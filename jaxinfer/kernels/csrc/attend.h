@@ -193,7 +193,8 @@ struct Attend {
     }
   }
 
-  static void span(const Attention& a, int64_t b, int64_t h, int64_t begin, int64_t end, float* sums, void* scratch) {
+  static void span(const Attention& a, const Span& span, const Foresight&, float* sums, void* scratch) {
+    int64_t b = span.b, h = span.h, begin = span.begin, end = span.end;
     int64_t R = a.queries(), H = P::width(a.H), G = a.N / a.K;
     float *out = (float*)scratch, *weights = out + R * H, *best = weights + R * SLOTS, *total = best + R;
     float* factor = total + R;

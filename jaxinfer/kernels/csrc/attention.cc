@@ -1,4 +1,5 @@
 // The XLA FFI handlers of caches: attention to what one holds, and writing into it.
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -55,28 +56,50 @@ Range seen(const Attention& a, int64_t b) {
   return {begin / SLOTS * SLOTS, high + 1 < a.S ? high + 1 : a.S, 0};
 }
 
-class Attending : public Job {
+class Attending : public Job, private Foresight {
  public:
-  Attending(const Attention& a, const Attender& kernel, std::vector<Range> ranges, int64_t spans, float* sums)
-      : Job(spans * a.K), a_(a), kernel_(kernel), ranges_(std::move(ranges)), sums_(sums) {}
+  // `sums` of every span of every row and kv head, and for each of these how many spans are left.
+  Attending(const Attention& a, const Attender& kernel, std::vector<Range> ranges, int64_t spans)
+      : Job(spans * a.K), a_(a), kernel_(kernel), ranges_(std::move(ranges)), size_(a.queries() * (a.H + 2)),
+        sums_(new (std::nothrow) float[spans * a.K * size_ + 1]),
+        left_(new (std::nothrow) std::atomic<int64_t>[a.B * a.K]) {
+    for (int64_t i = 0; left_ && i < a.B * a.K; i++) left_[i] = ranges_[i / a.K].spans();
+  }
+  bool possible() const { return sums_ && left_; }
 
  private:
   size_t scratch() override { return kernel_.scratch(a_); }
 
   void block(int64_t index, void* scratch) override {
-    int64_t b = 0, size = a_.queries() * (a_.H + 2);
+    Span span = at(index);
+    kernel_.span(a_, span, *this, sums_.get() + index * size_, scratch);
+    if (left_[span.b * a_.K + span.h].fetch_sub(1) > 1) return;
+    const Range& range = ranges_[span.b];  // the last to be done adds up all
+    kernel_.merge(a_, span.b, span.h, range.spans(), sums_.get() + first(range, span.h) * size_);
+  }
+
+  bool next(Span* span) const override {
+    int64_t index = upcoming();
+    if (index >= 0) *span = at(index);
+    return index >= 0;
+  }
+
+  int64_t first(const Range& range, int64_t h) const { return range.first * a_.K + h * range.spans(); }
+  Span at(int64_t index) const {
+    int64_t b = 0;
     while (b + 1 < a_.B && ranges_[b + 1].first * a_.K <= index) b++;
     const Range& range = ranges_[b];
-    int64_t spans = range.spans(), h = (index - range.first * a_.K) / spans, span = (index - range.first * a_.K) % spans;
-    int64_t begin = (range.begin / SPAN + span) * SPAN, end = begin + SPAN;
-    kernel_.span(a_, b, h, begin > range.begin ? begin : range.begin, end < range.end ? end : range.end,
-                 sums_ + index * size, scratch);
+    int64_t h = (index - range.first * a_.K) / range.spans(), begin = (range.begin / SPAN + index - first(range, h)) * SPAN;
+    int64_t end = begin + SPAN;
+    return {b, h, begin > range.begin ? begin : range.begin, end < range.end ? end : range.end};
   }
 
   const Attention a_;
   const Attender& kernel_;
   const std::vector<Range> ranges_;
-  float* const sums_;
+  const int64_t size_;
+  const std::unique_ptr<float[]> sums_;
+  const std::unique_ptr<std::atomic<int64_t>[]> left_;
 };
 
 class Crowding : public Job {
@@ -105,26 +128,20 @@ ffi::Error attend(const Attention& a, Form form, bool half, ffi::ThreadPool& poo
   }
 #endif
   std::vector<Range> ranges(a.B);
-  int64_t spans = 0, slots = 0, size = a.queries() * (a.H + 2);
+  int64_t spans = 0, slots = 0;
   for (int64_t b = 0; b < a.B; b++) {
     ranges[b] = seen(a, b);
     ranges[b].first = spans;
     spans += ranges[b].spans();
     slots += ranges[b].end - ranges[b].begin;
+    if (ranges[b].spans() == 0) std::fill_n(a.out + b * a.T * a.N * a.H, a.T * a.N * a.H, 0.0f);
   }
+  if (spans == 0) return ffi::Error::Success();
   constexpr int64_t BYTES[] = {4, 2, 1};
   int64_t most = threads > 0 ? threads : slots * a.K * a.H * 2 * BYTES[form] < SMALL_BYTES ? 1 : pool.num_threads();
-  std::unique_ptr<float[]> sums(new (std::nothrow) float[spans * a.K * size + 1]);
-  const Attender& kernel = choose(isa < 0 ? best_isa() : isa, form, half);
-  bool done = sums != nullptr;
-  if (done && spans) done = Job::share(pool, std::make_shared<Attending>(a, kernel, ranges, spans, sums.get()), most);
-  if (!done) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention found no memory for its scratch");
-  Rounding rounding;
-  for (int64_t b = 0; b < a.B; b++)
-    for (int64_t h = 0; h < a.K; h++) {
-      int64_t own = ranges[b].spans();
-      kernel.merge(a, b, h, own, sums.get() + (ranges[b].first * a.K + h * own) * size);
-    }
+  auto job = std::make_shared<Attending>(a, choose(isa < 0 ? best_isa() : isa, form, half), ranges, spans);
+  if (!job->possible() || !Job::share(pool, job, most))
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention found no memory for its scratch");
   return ffi::Error::Success();
 }
 

@@ -39,11 +39,20 @@ constexpr int64_t FOUR = 4;     // of which a page has a multiple
 constexpr int64_t SPAN = 1024;  // slots of which a thread makes one sum
 constexpr int32_t PAST = 1 << 30;
 
-// One instruction set and dtype. `span` is of row b and kv head h: for each query the largest score, the sum of weights
-// and H weighted sums, [queries, H + 2] floats; its scratch is 64-byte aligned.
+struct Span {
+  int64_t b, h, begin, end;  // a row, a kv head, and slots
+};
+
+// Knows which span the thread that asks will most likely take next; false: none.
+struct Foresight {
+  virtual bool next(Span* span) const = 0;
+};
+
+// One instruction set and dtype. `span` gives for each query the largest score, the sum of weights and H weighted sums,
+// [queries, H + 2] floats; its scratch is 64-byte aligned.
 struct Attender {
   size_t (*scratch)(const Attention&);  // bytes
-  void (*span)(const Attention&, int64_t b, int64_t h, int64_t begin, int64_t end, float* sums, void* scratch);
+  void (*span)(const Attention&, const Span&, const Foresight&, float* sums, void* scratch);
   void (*merge)(const Attention&, int64_t b, int64_t h, int64_t spans, const float* sums);  // of all its spans
 };
 

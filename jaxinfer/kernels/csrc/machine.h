@@ -117,6 +117,11 @@ class Job {
   virtual size_t scratch() { return 64; }  // bytes that a thread needs, 64-byte aligned
   virtual void prepare(void* scratch) {}
   virtual void block(int64_t index, void* scratch) = 0;
+  // The block that the next thread to be free takes, or -1.
+  int64_t upcoming() const {
+    int64_t index = next_.load();
+    return index < blocks_ ? index : -1;
+  }
 
  private:
   void work() {
