@@ -33,6 +33,7 @@ UNITS = {  # each instruction set is a file with flags of its own; which one run
     "avx512vnni.cc": (*AVX512, "-mavx512vnni"),
     "amx.cc": (*AVX512, "-mavx512bf16", *AMX),
     "amxattend.cc": (*AVX512, "-mavx512bf16", *AMX),
+    "amxbytes.cc": (*AVX512, "-mavx512bf16", *AMX, "-mamx-int8"),
     "amxfew.cc": (*AVX512, "-mavx512bf16", *AMX, "-mamx-int8", "-mavx512vbmi"),
 }
 X86 = ("x86_64", "AMD64")

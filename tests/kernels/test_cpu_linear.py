@@ -141,6 +141,35 @@ def test_codes_are_multiplied_as_what_they_stand_for(shape, form, isa):
     assert (np.abs(leaf.plain(x, *leaf.arrays) - truth) <= 2e-6 * size).all()
 
 
+@EVERY_ISA
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_numbers_far_below_the_largest_of_a_row_count_beside_int8(rows, isa):
+    x, w = arrays((rows, 1152, 40), jnp.float32)
+    x = x.at[:, 5].set(3e4)
+    leaf = in_codes(w, "int8")
+    truth, size = exact(x, leaf.decode())
+    assert (np.abs(coded(x, leaf, isa) - truth) <= 1e-6 * size).all()
+
+
+@EVERY_ISA
+def test_rows_of_any_size_meet_int8(isa):
+    x, w = arrays((4, 192, 40), jnp.float32)
+    x = x * jnp.array([[2.0**-140], [2.0**-100], [0], [2.0**100]])
+    leaf = in_codes(w * 2.0**15, "int8")
+    truth, size = exact(x, leaf.decode())
+    assert (np.abs(coded(x, leaf, isa) - truth) <= 1e-6 * size + np.finfo(np.float32).tiny).all()
+
+
+@EVERY_ISA
+def test_int8_sums_as_many_inputs_as_overflow_32_bits(isa):
+    x, w = arrays((2, 2**17 + 70, 3), jnp.float32)
+    leaf = in_codes(jnp.abs(w) + 1, "int8")
+    leaf = leaf.replace(codes=jnp.full_like(leaf.codes, -128))
+    x = jnp.full_like(x, 0.3).at[1].set(-2.0)
+    truth, size = exact(x, leaf.decode())
+    assert (np.abs(coded(x, leaf, isa) - truth) <= 1e-5 * size).all()
+
+
 @EVERY_CODE
 def test_rounded_rows_are_multiplied_as_what_their_codes_stand_for(shape, form, isa):
     x, w = arrays(shape, jnp.float32)

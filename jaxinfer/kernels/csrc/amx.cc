@@ -10,19 +10,14 @@
 #include "attend.h"
 #include "avx512.h"
 
-#define INLINE inline __attribute__((always_inline))  // GCC leaves out a call of what only asks: it has no effect
-
 namespace {
 
 using Soft = Attend<Floating>;  // its exp and tanh
 
-constexpr int64_t STRIP = 2 * SIDE;   // rows of w that are multiplied together
 constexpr int64_t STREAMED = 2;       // up to so many tiles of x, w is read from memory at the pace that it is used
 constexpr int64_t HIGH = 8;           // tiles of x, by
 constexpr int64_t LONG = 64;          // steps, stay in the second cache, beside so much of a strip
 constexpr int64_t RING = 8;           // steps that are widened from codes, half of them ahead
-constexpr int64_t BURST = 4;          // lines of a row that memory is asked for together
-constexpr int64_t AHEAD = 2 * BURST;  // lines, before they are used
 
 // How x is cut: into tiles of `wide` rows, the last one filled up with zeros, whose numbers lie in pairs; and into
 // chunks of steps: [chunks, tiles, chunk, 16, wide, 2].
@@ -60,36 +55,6 @@ void pack(const Product& p, void* shared, int64_t tile) {
     transpose(v);
     for (int r = 0; r < 16; r++) _mm512_mask_storeu_epi32(to + r * cut.line(), first(cut.wide), v[r]);
   }
-}
-
-// Rows of w that are multiplied together: a tile, and another below it or of a second weight.
-struct Strip {
-  const char *one, *other;
-  int64_t line, step;  // bytes from row to row, and from step to step
-  const char* row(int64_t r) const { return r < SIDE ? one + r * line : other + (r - SIDE) * line; }
-  Strip moved(int64_t bytes) const { return {one + bytes, other + bytes, line, step}; }
-};
-
-// What memory is asked for while a step is multiplied. One pair of tiles of x: bursts of lines down the rows of the
-// strip, somewhat before they are used. More: each asks for some rows of the strip that comes next.
-struct Asking {
-  Strip strip, next;
-  bool more;          // whether there is a next one
-  int64_t lines;      // of a row
-  int64_t row, rows;  // of the next strip; rows 0: in bursts
-};
-
-#define ASK(at) __builtin_prefetch(at, 0, SECOND_CACHE)
-
-INLINE void ask(const Asking& a, int64_t line) {
-  if (a.rows) {
-    for (int64_t r = a.row; a.more && r < a.row + a.rows; r++) ASK(a.next.row(r) + line * LINE);
-    return;
-  }
-  int64_t column = line / BURST * BURST + AHEAD, r = line % BURST * STRIP / BURST;
-  if (column >= a.lines && !a.more) return;
-  const char* at = column < a.lines ? a.strip.row(r) + column * LINE : a.next.row(r) + (column - a.lines) * LINE;
-  for (int64_t i = 0; i < STRIP / BURST; i++) EACH(j, BURST) ASK(at + i * a.strip.line + j * LINE);
 }
 
 // What a weight is kept in, and how a step of a row of it becomes numbers of bfloat16: PARTS lines that add up to it, so

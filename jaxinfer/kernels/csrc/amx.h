@@ -5,10 +5,15 @@
 
 #include "tile.h"
 
+#define INLINE inline __attribute__((always_inline))  // GCC leaves out a call of what only asks: it has no effect
+
 namespace {
 
 constexpr int64_t SIDE = 16;  // lines of a tile, of LINE bytes each, and
 constexpr int64_t STEP = 32;  // numbers
+constexpr int64_t STRIP = 2 * SIDE;   // rows of w that are multiplied together
+constexpr int64_t BURST = 4;          // lines of a row that memory is asked for together
+constexpr int64_t AHEAD = 2 * BURST;  // lines, before they are used
 
 // Compilers do not know that tiles and their configuration are loaded from memory: what was stored before must be
 // there.
@@ -71,5 +76,35 @@ inline __mmask32 first32(int64_t n) { return n >= 32 ? ~__mmask32(0) : n > 0 ? (
 
 // One step of `rows` rows of bfloat16 numbers, n of each; what is not there is zero.
 inline __m512i part(const uint16_t* row, int64_t n) { return _mm512_maskz_loadu_epi16(first32(n), row); }
+
+// Rows of w that are multiplied together: a tile, and another below it or of a second weight.
+struct Strip {
+  const char *one, *other;
+  int64_t line, step;  // bytes from row to row, and from step to step
+  const char* row(int64_t r) const { return r < SIDE ? one + r * line : other + (r - SIDE) * line; }
+  Strip moved(int64_t bytes) const { return {one + bytes, other + bytes, line, step}; }
+};
+
+// What memory is asked for while a step is multiplied. One pair of tiles of x: bursts of lines down the rows of the
+// strip, somewhat before they are used. More: each asks for some rows of the strip that comes next.
+struct Asking {
+  Strip strip, next;
+  bool more;          // whether there is a next one
+  int64_t lines;      // of a row
+  int64_t row, rows;  // of the next strip; rows 0: in bursts
+};
+
+#define ASK(at) __builtin_prefetch(at, 0, FIRST_CACHE)
+
+INLINE void ask(const Asking& a, int64_t line) {
+  if (a.rows) {
+    for (int64_t r = a.row; a.more && r < a.row + a.rows; r++) ASK(a.next.row(r) + line * LINE);
+    return;
+  }
+  int64_t column = line / BURST * BURST + AHEAD, r = line % BURST * STRIP / BURST;
+  if (column >= a.lines && !a.more) return;
+  const char* at = column < a.lines ? a.strip.row(r) + column * LINE : a.next.row(r) + (column - a.lines) * LINE;
+  for (int64_t i = 0; i < STRIP / BURST; i++) EACH(j, BURST) ASK(at + i * a.strip.line + j * LINE);
+}
 
 }  // namespace

@@ -22,6 +22,7 @@ constexpr int64_t BITS[] = {32, 16, 8, 4, 8, 4, 8, 4, 32};
 const Kernel& choose(int32_t isa, Form form) {
 #if WITH_AMX
   if (isa == AMX && form == BF16) return amx_bf16;
+  if (isa == AMX && form == INT8) return amx_bytes;
   if (form == HALF8) return amx_int8;
   if (form == HALF4) return amx_int4;
   if (form == GATED) return amx_gated;
