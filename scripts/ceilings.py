@@ -179,7 +179,7 @@ def math_of(form: str | None, dtype: str) -> str:
     """The dtype whose products bound a program: rows of `dtype` with weights in `form`, or (None) as they are.
 
     A CPU widens codes to float32, or for many rows of bfloat16, where it has tiles for these, to it; where rows are
-    rounded too, codes meet codes.
+    rounded too, codes meet codes, and so they do in tiles where rows of float32 become digits.
     """
     import jax
 
@@ -190,4 +190,6 @@ def math_of(form: str | None, dtype: str) -> str:
         return dtype
     if parse_form(form).dynamic:
         return "int8"
-    return "bfloat16" if dtype == "bfloat16" and native.best() == "amx" else "float32"
+    if native.best() != "amx":
+        return "float32"
+    return dtype if dtype == "bfloat16" else "int8" if form == "int8" else "float32"

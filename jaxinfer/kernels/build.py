@@ -91,7 +91,7 @@ def units() -> dict[str, tuple[str, ...]]:
     """The files to compile on this machine, with the flags of each: those for AVX-512 take longest, if it has it."""
     x86, known = platform.machine() in X86, listed()
     wide = x86 and (known is None or "avx512f" in known)  # what is not known is decided when it runs
-    tiles = wide and {"amx_bf16", "amx_int8"} <= (known or set())  # where there are none a compiler may be too old for them
+    tiles = wide and {"amx_bf16", "amx_int8"} <= (known or set())  # for where there are none a compiler may be too old
     there = [f"-DJAXINFER_{name}" for name, has in (("AVX512", wide), ("AMX", tiles)) if has]
     lacking = {flag for flag, has in (("-mavx2", x86), ("-mavx512f", wide), ("-mamx-tile", tiles)) if not has}
     return {name: (*flags, *there) for name, flags in UNITS.items() if not lacking & set(flags)}

@@ -1,7 +1,7 @@
-// Codes of eight bits as they are, by tiles of AMX, times rows of float32: these become integers of 30 bits times a power
-// of two of the whole row, DIGITS of eight bits each, whose products with codes are summed exactly. So nothing is widened,
-// a row has the same bits in any company, and a number is off by 2^-30 of the largest in its row. Compiled with
-// -mamx-int8 and the flags of amx.cc.
+// Codes of eight bits as they are, by tiles of AMX, times rows of float32: these become integers of 30 bits times a
+// power of two of the whole row, DIGITS of eight bits each, whose products with codes are summed exactly. So nothing is
+// widened, a row has the same bits in any company, and a number is off by 2^-30 of the largest in its row. Compiled
+// with -mamx-int8 and the flags of amx.cc.
 #if defined(__x86_64__)
 #include "amx.h"
 #include "avx512.h"
@@ -13,8 +13,8 @@ constexpr int64_t GROUP = SIDE / DIGITS;  // rows of x in a tile, DIGITS columns
 constexpr int BITS = 30;
 constexpr int64_t LONGEST = 1024;         // steps whose sums fit 32 bits: 1024 * 64 * 128 * 128 is 2^30
 
-// How x is cut: into groups of up to `wide` rows, the last one filled up with zeros: [groups, steps, 16, DIGITS, wide, 4],
-// behind the exponents of all rows.
+// How x is cut: into groups of up to `wide` rows, the last one filled up with zeros: [groups, steps, 16, DIGITS, wide,
+// 4], behind the exponents of all rows.
 struct Cut {
   int64_t groups, wide, steps;
   explicit Cut(const Product& p) {
@@ -160,8 +160,9 @@ void columns(const Product& p, void* scratch, int64_t begin, int64_t end) {
     for (int64_t group = 0; group < cut.groups; group += 2)
       for (int64_t s = 0; s < cut.steps; s += LONGEST) {
         bool both = group + 1 < cut.groups, asks = there && group == 0 && s == 0;
-        (both ? multiply<true> : multiply<false>)(strip.moved(s * LINE), asks ? &asking : nullptr,
-                                                  cut.place(p.shared, group, s), cut, least(LONGEST, cut.steps - s), sums);
+        auto chosen = both ? multiply<true> : multiply<false>;
+        const char* x = cut.place(p.shared, group, s);
+        chosen(strip.moved(s * LINE), asks ? &asking : nullptr, x, cut, least(LONGEST, cut.steps - s), sums);
         for (int64_t i = 0; i < (both ? 2 : 1); i++) {
           put(p, cut, sums + i * cut.step(), o, group + i, s > 0);
           put(p, cut, sums + (2 + i) * cut.step(), o + SIDE, group + i, s > 0);

@@ -1,11 +1,11 @@
-// Attention of a few queries of bfloat16 to a cache of it, or of int8, by tiles of AMX: QUAD queries of a row and kv head
-// at once.
+// Attention of a few queries of bfloat16 to a cache of it, or of int8, by tiles of AMX: QUAD queries of a row and kv
+// head at once.
 //
 // Keys lie as a tile's lines want them, so scores come as [slots, QUAD]: a vector of them is LANES slots of all four
-// queries, and no sum is taken across lanes but once a block. Values are interleaved, as the right side of a product is.
-// Where keys and values are codes, queries and a block's weights become integers of 16 bits times a scale, finer than
-// bfloat16, whose two digits meet codes exactly. Blocks are counted from slot 0, and what a query does not see counts as
-// zero: its bits are the same in any company. Compiled with the flags of amx.cc.
+// queries, and no sum is taken across lanes but once a block. Values are interleaved, as the right side of a product
+// is. Where keys and values are codes, queries and a block's weights become integers of 16 bits times a scale, finer
+// than bfloat16, whose two digits meet codes exactly. Blocks are counted from slot 0, and what a query does not see
+// counts as zero: its bits are the same in any company. Compiled with the flags of amx.cc.
 #if defined(__x86_64__)
 #include "amx.h"
 #include "attend.h"
@@ -20,8 +20,8 @@ constexpr int64_t QUAD = 4;     // queries of a vector, and
 constexpr int64_t LANES = 4;    // slots
 constexpr int64_t TILE = SIDE * LINE;  // bytes
 
-// Numbers below the normal ones count as zero, in and out, as they do in tiles: weights far below the largest are many of
-// those, and each takes as long as a hundred others.
+// Numbers below the normal ones count as zero, in and out, as they do in tiles: weights far below the largest are many
+// of those, and each takes as long as a hundred others.
 class Flushing {
  public:
   Flushing() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
@@ -196,8 +196,9 @@ struct Codes {
   }
 };
 
-// The lines of keys and values that are read next, which memory is asked for a little at a time all the while that others
-// are worked out: what is asked for at once holds all places that loads may wait in, and nothing is worked out meanwhile.
+// The lines of keys and values that are read next, which memory is asked for a little at a time all the while that
+// others are worked out: what is asked for at once holds all places that loads may wait in, and nothing is worked out
+// meanwhile.
 struct Ahead {
   const Attention& a;
   const int64_t size;  // bytes of a number
@@ -206,8 +207,8 @@ struct Ahead {
   int64_t left = 0;  // lines that lie side by side
   int64_t lines = 0, ticks = 1, owed = 0;
 
-  // What a span says, by so many ticks. The last eighth is left to what the processor foresees itself: to ask for it when
-  // it is about to be read costs more.
+  // What a span says, by so many ticks. The last eighth is left to what the processor foresees itself: to ask for it
+  // when it is about to be read costs more.
   void start(const Span& span, int64_t many) {
     rest = span, left = owed = 0, ticks = many * 8;
     lines = span.begin < span.end ? parts((span.end - span.begin) * a.H * size, LINE) * 7 : 0;

@@ -89,8 +89,8 @@ class Attending : public Job, private Foresight {
     int64_t b = 0;
     while (b + 1 < a_.B && ranges_[b + 1].first * a_.K <= index) b++;
     const Range& range = ranges_[b];
-    int64_t h = (index - range.first * a_.K) / range.spans(), begin = (range.begin / SPAN + index - first(range, h)) * SPAN;
-    int64_t end = begin + SPAN;
+    int64_t h = (index - range.first * a_.K) / range.spans();
+    int64_t begin = (range.begin / SPAN + index - first(range, h)) * SPAN, end = begin + SPAN;
     return {b, h, begin > range.begin ? begin : range.begin, end < range.end ? end : range.end};
   }
 

@@ -18,7 +18,8 @@ constexpr int64_t CHUNK = 32;            // vectors of a row that are summed up 
 constexpr int64_t X_BYTES = 384 * 1024;  // of x, ready to be multiplied: they stay in the second cache
 constexpr int64_t PACKED_ROWS = 24;      // so many rows repay a copy of w's chunks
 constexpr int64_t LINE = 64;             // bytes that memory gives at once
-constexpr int FIRST_CACHE = 3, SECOND_CACHE = 2;  // a prefetch's locality: mostly the first cache is full of what is being multiplied
+// Where memory that is asked for goes: mostly the first cache is full of what is being multiplied.
+constexpr int FIRST_CACHE = 3, SECOND_CACHE = 2;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
