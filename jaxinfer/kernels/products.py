@@ -24,8 +24,8 @@ from jaxinfer.kernels.native import BEST, CODED, GATED, ISAS, LINEAR, demand
 
 BLOCK = 32  # numbers of x that share a scale where x is rounded
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}  # which a kernel works out after two products
-# Rows that AMX would multiply with codes (of eight bits, or two of four) slower than AVX-512 does: making numbers of
-# these takes its time.
+# Rows of bfloat16 that are multiplied with codes (of eight bits, or two of four) sooner as float32: making numbers of
+# bfloat16 of codes takes its time.
 LONE = {"int8": 16, "uint8": 12}
 UNIT = 32  # codes of four bits lie together, the first half of them in the low bits of 16 bytes
 
@@ -40,8 +40,9 @@ def linear(
 ) -> jax.Array:
     """x [M, I] times w [O, I] transposed, both float32 or both bfloat16: [M, O] float32. The bare kernel.
 
-    scale: w is codes, of which the kernel makes float32 numbers on the way, and x is float32. It may be bfloat16: AMX
-    makes numbers of bfloat16 of the codes, as exactly (two of one of four bits and its scale). [O] float32: w is int8.
+    scale: w is codes, of which the kernel makes float32 numbers on the way (or AMX, beside int8, digits of x), and x is
+    float32. It may be bfloat16: AMX makes numbers of bfloat16 of the codes, as exactly (two of one of four bits and its
+    scale). [O] float32: w is int8.
     [O, I / g] float16, g a multiple of UNIT: w is [O, I / 2] uint8, two codes of four bits each, 0 to 15 for -8 to 7.
     dynamic: x is rounded to int8 first, BLOCK neighbours to a scale (`quantization.rounded`), and codes meet codes.
     isa: one of ISAS, for tests; by default the best that the machine has. threads: by default as many as XLA has, or

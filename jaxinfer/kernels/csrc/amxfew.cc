@@ -47,10 +47,10 @@ inline V largest(V x) {  // of the LANES of each query
   x = _mm512_max_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
   return _mm512_max_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
 }
-// Four numbers, one for each lane of slots.
+// Which of LANES slots a number of a vector is of; and four numbers, one for each of them.
+inline __m512i lane() { return _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3); }
 inline V spread(const float* four) {
-  const __m512i own = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(four)), own);
+  return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(four)), lane());
 }
 // Rows of 16 bytes, four to a vector, become vectors of their own.
 inline void regroup(__m512i v[4]) {
@@ -71,8 +71,8 @@ struct Halves {
     }
     return 1;
   }
-  __attribute__((always_inline)) static void first() { _tile_dpbf16ps(0, 2, 4); }
-  __attribute__((always_inline)) static void second() { _tile_dpbf16ps(1, 3, 4); }
+  static INLINE void first() { _tile_dpbf16ps(0, 2, 4); }
+  static INLINE void second() { _tile_dpbf16ps(1, 3, 4); }
   static V score(const char* scores, int64_t i) { return _mm512_load_ps((const float*)scores + i * 16); }
 
   // Of STEP / LANES vectors of weights the lines of a tile, [QUAD, STEP].
@@ -96,7 +96,7 @@ struct Halves {
     _mm512_store_si512(to + TILE, _mm512_unpackhi_epi16(a, b));
   }
 
-  __attribute__((always_inline)) static void sum(const char* v, float* out, int64_t line, const V&, char*) {
+  static INLINE void sum(const char* v, float* out, int64_t line, const V&, char*) {
     _tile_loadd(5, out, line);
     _tile_loadd(2, v, LINE);
     _tile_dpbf16ps(5, 6, 2);
@@ -131,8 +131,8 @@ struct Codes {
     }
     return scale >= LEAST || odd ? scale : 0;
   }
-  __attribute__((always_inline)) static void first() { _tile_dpbssd(0, 2, 4); }
-  __attribute__((always_inline)) static void second() { _tile_dpbssd(1, 3, 4); }
+  static INLINE void first() { _tile_dpbssd(0, 2, 4); }
+  static INLINE void second() { _tile_dpbssd(1, 3, 4); }
   static V score(const char* scores, int64_t i) {
     __m512i a = _mm512_load_si512(scores + i * 2 * LINE), b = _mm512_load_si512(scores + (i * 2 + 1) * LINE);
     V top = _mm512_cvtepi32_ps(_mm512_shuffle_i32x4(a, b, 0x88));
@@ -181,7 +181,7 @@ struct Codes {
     _mm512_store_si512(to + 3 * TILE, _mm512_unpackhi_epi16(ab, cd));
   }
 
-  __attribute__((always_inline)) static void sum(const char* v, float* out, int64_t line, const V& scale, char* sums) {
+  static INLINE void sum(const char* v, float* out, int64_t line, const V& scale, char* sums) {
     _tile_zero(5);
     _tile_loadd(2, v, LINE);
     _tile_dpbssd(5, 6, 2);
@@ -213,7 +213,7 @@ struct Ahead {
     rest = span, left = owed = 0, ticks = many * 8;
     lines = span.begin < span.end ? parts((span.end - span.begin) * a.H * size, LINE) * 7 : 0;
   }
-  __attribute__((always_inline)) void turn() {
+  INLINE void turn() {
     if (rest.begin >= rest.end) return;
     int64_t n = least(rest.end - rest.begin, a.together(rest.begin)), place = a.place(rest.b, rest.h, rest.begin);
     k = (const char*)a.k + place * a.H * size, v = (const char*)a.v + place * a.H * size;
@@ -223,7 +223,7 @@ struct Ahead {
       __builtin_prefetch(a.v_scale + i, 0, FIRST_CACHE);
     }
   }
-  __attribute__((always_inline)) void tick(int64_t n) {  // GCC leaves out calls of what only prefetches
+  INLINE void tick(int64_t n) {
     for (owed += n * lines; owed >= ticks; owed -= ticks, k += LINE, v += LINE) {
       if (left-- == 0) turn();
       __builtin_prefetch(k, 0, FIRST_CACHE);
@@ -359,8 +359,7 @@ struct Few {
   // Which of four queries see which of the slots first + i to first + i + LANES - 1, of a block of n.
   __mmask16 sees(const Quad& own, int64_t first, int64_t i, int64_t n) const {
     __mmask16 there = ::first((n - i) * QUAD);
-    __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32(int32_t(first + i)));
+    __m512i at = _mm512_add_epi32(lane(), _mm512_set1_epi32(int32_t(first + i)));
     if (a.slot) at = _mm512_mask_i32gather_epi32(at, there, at, a.slot + b * a.S, 4);
     __m512i position = _mm512_load_si512(own.position);
     __mmask16 seen = _mm512_mask_cmple_epi32_mask(there, at, position);

@@ -23,7 +23,7 @@ const Attender& choose(int32_t isa, Form form, bool half) {
 #endif
 #if WITH_AVX512
   if (isa == AVX512BF16 && form == BF16 && half) return avx512bf16_attend;
-  if (isa == best_isa() && form == INT8 && half && has_vnni()) return avx512vnni_attend;
+  if ((isa == AVX512BF16 || isa == best_isa()) && form == INT8 && half && has_vnni()) return avx512vnni_attend;
   static const Attender* const avx512[] = {&avx512_attend_f32, &avx512_attend_bf16, &avx512_attend_int8};
   if (isa >= AVX512) return *avx512[form];
 #endif
