@@ -28,6 +28,7 @@ SUITES = {
     "attention": attention, "gpu": gpu, "latency": latency, "matmul": matmul, "peers": peers, "startup": startup,
     "techniques": techniques,
 }  # fmt: skip
+ALONE = ("attention", "matmul")  # they measure single programs
 COUNTS = (
     "prompt_length", "new_tokens", "rounds", "timeout", "rows", "prefill_rows", "valid", "allocated", "heads",
     "kv_heads", "head_dim", "input_len", "output_len", "batch_size", "num_iters", "num_iters_warmup",
@@ -71,8 +72,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    allocation.begin_anew(allocation.HUGE)  # those that it starts have its environment
     arguments = parse_args()
+    # Those that it starts have its environment.
+    allocation.begin_anew(allocation.ALONE if arguments.suite in ALONE else allocation.HUGE)
     try:
         main(arguments)
     except (ValueError, OSError, ImportError) as refusal:

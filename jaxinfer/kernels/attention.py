@@ -30,21 +30,23 @@ FEW = 16  # queries of a row: of more the products are better made as such, once
 def attend(
     q: jax.Array, position: jax.Array, kept: Kept, rule: Rule, isa: str | None = None, threads: int | None = None
 ) -> jax.Array:
-    """q [B, T, N, H] at `position` [B, T] int32, over what is kept: [B, T, N, H] float32. The bare kernel.
+    """q [B, T, N, H] at `position` [B, T] int32, over what is kept: [B, T, N, H], as q. The bare kernel.
 
-    q: float32; or bfloat16, and then weights may be rounded to it where the cache is no float32. A query that sees
-    nothing (a position past all slots) gives zeros. isa, threads, RuntimeError: as `products.linear`.
+    q: float32; or bfloat16, and then weights may be rounded to it where the cache is no float32; or, as float32,
+    another. A query that sees nothing (a position past all slots) gives zeros. isa, threads, RuntimeError: as
+    `products.linear`.
     """
     demand()
     more = [*(kept.scales or ()), *(x for x in (kept.slot, kept.table) if x is not None)]
-    call = jax.ffi.ffi_call(ATTENTION, jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential")
-    half = q.dtype == jnp.bfloat16 and kept.k.dtype != jnp.float32
-    return call(
-        q.astype(jnp.float32), kept.k, kept.v, position, *more,
+    x = q if q.dtype == jnp.bfloat16 else q.astype(jnp.float32)
+    call = jax.ffi.ffi_call(ATTENTION, jax.ShapeDtypeStruct(x.shape, x.dtype), vmap_method="sequential")
+    out = call(
+        x, kept.k, kept.v, position, *more,
         scale=np.float32(rule.scale), cap=np.float32(rule.softcap or 0), window=np.int64(rule.window or 0),
-        sinks=np.int64(rule.sinks), slots=kept.slot is not None, paged=kept.table is not None, half=half,
+        sinks=np.int64(rule.sinks), slots=kept.slot is not None, paged=kept.table is not None,
         isa=np.int32(BEST if isa is None else ISAS[isa]), threads=np.int32(threads or 0),
     )  # fmt: skip
+    return out.astype(q.dtype)
 
 
 class Keeper(Protocol):

@@ -15,7 +15,7 @@ from jaxinfer.kernels import build
 
 # The number changes with what a handler is given: a program from a persistent cache never calls another version's.
 LINEAR, CODED, GATED = "jaxinfer_linear_v1", "jaxinfer_coded_v4", "jaxinfer_gated_v1"
-ATTENTION = "jaxinfer_attention_v3"
+ATTENTION = "jaxinfer_attention_v4"
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3, "amx": 4}
 BEST = -1
 

@@ -42,6 +42,13 @@ def plain(q, position, source, spec, sinks=0):
     return ops.attend(q, k, v, position, spec, slot=source.slot, sinks=sinks)
 
 
+def near(got, exact, most):
+    """Whether these are, rounded once to their dtype, numbers that are no more than that from the exact ones."""
+    low, high = ((exact + off).astype(got.dtype).astype(jnp.float32) for off in (-most, most))
+    got = jnp.asarray(got).astype(jnp.float32)
+    return bool(((low <= got) & (got <= high)).all())
+
+
 @pytest.mark.parametrize(("shape", "isa", "form"), pairwise(SHAPES, native.ISAS, FORMS), indirect=["isa"], ids=str)
 def test_the_kernel_is_its_plain_twin(shape, isa, form):
     q, position, source = arrays(shape, form)
@@ -62,7 +69,7 @@ def test_queries_of_bfloat16_meet_a_cache_of_it_as_in_its_plain_twin(shape, isa)
         got = attend(q, position, source.kept, rule_of(spec), isa)
         exact = plain(q.astype(jnp.float32), position, source, spec)
         weighed = plain(q.astype(jnp.float32), position, source.replace(v=Plain(jnp.abs(source.v.x))), spec)
-        assert (np.abs(got - exact) <= 2**-8 * weighed + 2e-6).all(), "no more than weights that are rounded"
+        assert near(got, exact, 2**-8 * weighed + 2e-6), "no more than weights that are rounded"
         np.testing.assert_array_equal(attend(q, position, bits, rule_of(spec), isa), got)
 
 
@@ -76,7 +83,21 @@ def test_queries_of_bfloat16_meet_codes_as_nearly_as_they_meet_numbers(shape, is
         got = attend(q, position, source.kept, rule_of(spec), isa)
         exact = plain(q.astype(jnp.float32), position, source, spec)
         weighed = plain(q.astype(jnp.float32), position, source.replace(v=Plain(jnp.abs(source.v.decode()))), spec)
-        assert (np.abs(got - exact) <= 2**-10 * weighed + 2e-6).all(), "a quarter of what rounding to bfloat16 costs"
+        assert near(got, exact, 2**-10 * weighed + 2e-6), "a quarter of what rounding to bfloat16 costs"
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_comes_out_is_of_the_dtype_of_the_queries_and_rounded_once(dtype, isa):
+    shape = (3, 4, 6, 2, 1200, 20)
+    q, position, source = arrays(shape)
+    q, rule = q.astype(dtype), rule_of(spec_of(shape))
+    position = position.at[1, 2:].set(PAST).at[2].set(PAST)  # pads; and a row of nothing else
+    source = source.replace(v=Plain(source.v.x.at[0, 1, 7, 3].set(jnp.nan)))
+    exact = attend(q.astype(jnp.float32), position, source.kept, rule, isa)
+    got = attend(q, position, source.kept, rule, isa)
+    assert got.dtype == q.dtype and np.isnan(exact[0]).any()
+    np.testing.assert_array_equal(got.astype(jnp.float32), exact.astype(dtype).astype(jnp.float32))
 
 
 @EVERY_ISA
@@ -180,7 +201,7 @@ def test_queries_of_bfloat16_weigh_scores_of_any_size(form, isa):
         if form == "int8" and size > 100:  # scores of integers of 16 bits: which is largest may be another
             continue
         weighed = plain(q.astype(jnp.float32), position, source.replace(v=Plain(jnp.abs(source.v.decode()))), spec)
-        assert (np.abs(got - exact) <= 2**-8 * weighed + 3e-6 + 2e-7 * min(size, 1e3)).all()
+        assert near(got, exact, 2**-8 * weighed + 3e-6 + 2e-7 * min(size, 1e3))
 
 
 @EVERY_ISA
@@ -229,7 +250,7 @@ def test_many_queries_are_weighed_as_in_their_plain_twin(shape, isa):
         got = np.asarray(attend(q, position, source.kept, rule_of(spec), isa))
         exact = plain(q.astype(jnp.float32), position, source, spec)
         weighed = plain(q.astype(jnp.float32), position, source.replace(v=Plain(jnp.abs(source.v.x))), spec)
-        assert (np.abs(got - exact * seen) <= 2**-8 * weighed + 2e-6).all(), "no more than weights that are rounded"
+        assert near(got, exact * seen, 2**-8 * weighed + 2e-6), "no more than weights that are rounded"
         np.testing.assert_array_equal(attend(q, position, bits, rule_of(spec), isa), got)
 
 
@@ -247,7 +268,7 @@ def test_many_queries_look_at_slots_in_any_order_and_sinks(isa):
             exact = plain(q.astype(jnp.float32), position + 3, source, spec, sinks)
             size = source.replace(v=Plain(jnp.abs(source.v.x)))
             weighed = plain(q.astype(jnp.float32), position + 3, size, spec, sinks)
-            assert (np.abs(got - exact) <= 2**-8 * weighed + 2e-6).all()
+            assert near(got, exact, 2**-8 * weighed + 2e-6)
 
 
 @TILES
@@ -293,7 +314,7 @@ def test_many_scores_of_any_size_are_weighed_as_the_softmax_weighs_them(isa):
         got = attend(q, position, source.kept, rule_of(spec), isa)
         exact = plain(q.astype(jnp.float32), position, source, spec)
         weighed = plain(q.astype(jnp.float32), position, source.replace(v=Plain(jnp.abs(source.v.x))), spec)
-        assert (np.abs(got - exact) <= 2**-8 * weighed + 3e-6 + 2e-7 * min(size, 1e3)).all()
+        assert near(got, exact, 2**-8 * weighed + 3e-6 + 2e-7 * min(size, 1e3))
 
 
 # --- in programs ---------------------------------------------------------------------------------------------------

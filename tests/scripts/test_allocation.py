@@ -36,10 +36,12 @@ def test_settings_of_ones_own_are_left_alone():
 
 
 @pytest.mark.skipif(not HUGE.is_file() or "[never]" in HUGE.read_text(), reason="this Linux has no huge pages")
-def test_what_xla_makes_lies_in_huge_pages():
+@pytest.mark.parametrize(("tunables", "num", "size"), [("HUGE", 1, 64), ("ALONE", 1, 64), ("ALONE", 16, 4)])
+def test_what_xla_makes_lies_in_huge_pages(tunables, num, size):
     code = (
-        "allocation.begin_anew(allocation.HUGE); import jax.numpy as jnp; x = jnp.ones((64, 1 << 20), jnp.uint8) + 1; "
-        "x.block_until_ready(); print(open('/proc/self/smaps_rollup').read())"
+        f"allocation.begin_anew(allocation.{tunables}); import jax, jax.numpy as jnp; "
+        f"more = jax.jit(lambda: [jnp.full(({size}, 1 << 20), i, jnp.uint8) for i in range({num})]); "
+        "kept = [jax.block_until_ready(more()) for _ in range(2)]; print(open('/proc/self/smaps_rollup').read())"
     )
     told = says(code)
-    assert int(told[told.index("AnonHugePages:") + 1]) > 48 * 1024  # kB, of 64 MB
+    assert int(told[told.index("AnonHugePages:") + 1]) > 96 * 1024  # kB, of 128 MB

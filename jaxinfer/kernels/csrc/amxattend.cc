@@ -70,10 +70,7 @@ struct Looking {
         values(span, n);
       }
     }
-    for (int64_t i = 0; i < num; i++) {
-      float* to = a.out + row(i) * a.H;
-      for (int64_t j = 0; j < a.H; j++) to[j] = total[i] == 0 ? 0 : o[i * wide + j] / total[i];
-    }
+    for (int64_t i = 0; i < num; i++) give(a, row(i), o + i * wide, total[i]);
   }
 
   // Queries as the right side of a product.
@@ -83,10 +80,7 @@ struct Looking {
         __m512i v[16];
         for (int64_t r = 0; r < SIDE; r++) {
           int64_t i = half * SIDE + r, n = i < num ? a.H - step * STEP : 0;
-          const float* from = a.q + row(i < num ? i : 0) * a.H + step * STEP;
-          __m512 low = _mm512_maskz_loadu_ps(::first(n), from);
-          __m512 high = _mm512_maskz_loadu_ps(::first(n - 16), from + 16);
-          v[r] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+          v[r] = part((const uint16_t*)a.q + row(i < num ? i : 0) * a.H + step * STEP, n);
         }
         transpose(v);
         for (int64_t r = 0; r < SIDE; r++) _mm512_store_si512(q + (step * 2 + half) * TILE + r * LINE, v[r]);

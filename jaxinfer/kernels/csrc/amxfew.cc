@@ -209,9 +209,9 @@ struct Ahead {
 
   // What a span says, by so many ticks. The last eighth is left to what the processor foresees itself: to ask for it
   // when it is about to be read costs more.
-  void start(const Span& span, int64_t many) {
+  void start(const Span& span, int64_t many, int64_t eighths) {
     rest = span, left = owed = 0, ticks = many * 8;
-    lines = span.begin < span.end ? parts((span.end - span.begin) * a.H * size, LINE) * 7 : 0;
+    lines = span.begin < span.end ? parts((span.end - span.begin) * a.H * size, LINE) * eighths : 0;
   }
   INLINE void turn() {
     if (rest.begin >= rest.end) return;
@@ -254,7 +254,7 @@ struct Few {
   const int64_t quads;
   Ahead ahead;
   Quad* quad;
-  float *out, *s;              // sums [quads, QUAD, wide], scores and then weights [STEP, QUAD]
+  float *out, *s, *room;       // sums [quads, QUAD, wide], scores and then weights [STEP, QUAD], a query
   float *k_scale, *v_scale;    // of a block
   char *q, *k, *v;             // queries as the right side of a product; a block's keys and values side by side,
   char *tiles;                 // and values as the right side of one
@@ -270,6 +270,7 @@ struct Few {
     take(quad, quads * int64_t(sizeof(Quad)));
     take(out, quads * QUAD * wide * 4);
     take(s, STEP * QUAD * 4);
+    take(room, wide * 4);
     take(k_scale, STEP * 4);
     take(v_scale, STEP * 4);
     take(q, quads * steps * SIDE * ROW);
@@ -289,14 +290,14 @@ struct Few {
   static size_t scratch(const Attention& a) { return Few(a, {}, nullptr).lay(nullptr); }
 
   void ready() {
-    int64_t R = a.queries(), G = a.N / a.K;
+    int64_t R = a.queries();
     for (int64_t j = 0; j < quads; j++) {
       Quad& own = quad[j];
       own.low = PAST, own.high = -1;
       for (int64_t i = 0; i < QUAD; i++) {
         int64_t r = least(j * QUAD + i, R - 1);  // those too many are the last once more
         Elem* digits = (Elem*)k;
-        float factor = Form::ready(a.q + ((b * a.T + r % a.T) * a.N + h * G + r / a.T) * a.H, a.H, wide, digits);
+        float factor = Form::ready(floats(a, query(a, b, h, r), room), a.H, wide, digits);
         int32_t position = a.position[b * a.T + r % a.T];
         own.low = position < own.low ? position : own.low;
         own.high = position > own.high ? position : own.high;
@@ -419,9 +420,10 @@ struct Few {
       const float *ks = scales(a.k_scale, first, n, k_scale), *vs = scales(a.v_scale, first, n, v_scale);
       stored(k);
       Span next = {b, h, first + STEP, end};
-      if (next.begin >= end && foresight->next(&next)) next.begin = next.begin / STEP * STEP;
+      bool other = next.begin >= end;
+      if (other && foresight->next(&next)) next.begin = next.begin / STEP * STEP;
       next.end = least(next.end, next.begin + STEP);
-      ahead.start(next, quads * (8 + 2 * STEP / LANES + wide / 16) + STEP / WORD);
+      ahead.start(next, quads * (8 + 2 * STEP / LANES + wide / 16) + STEP / WORD, other ? 8 : 7);
       for (int64_t j = 0; j < quads; j++) {
         float* to = out + j * QUAD * wide;
         score(q + j * wide / WORD * ROW, keys, line);

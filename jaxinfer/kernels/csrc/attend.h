@@ -32,6 +32,37 @@ void put(float* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Where query r of a row and kv head lies among all, [B, T, N].
+inline int64_t query(const Attention& a, int64_t b, int64_t h, int64_t r) {
+  return (b * a.T + r % a.T) * a.N + h * (a.N / a.K) + r / a.T;
+}
+// The numbers of that query, which are widened in `room` if they must be.
+inline const float* floats(const Attention& a, int64_t query, float* room) {
+  if (!a.half) return (const float*)a.q + query * a.H;
+  const uint16_t* from = (const uint16_t*)a.q + query * a.H;
+  for (int64_t i = 0; i < a.H; i++) {
+    uint32_t bits = uint32_t(from[i]) << 16;
+    __builtin_memcpy(room + i, &bits, sizeof bits);
+  }
+  return room;
+}
+inline uint16_t rounded(float x) {  // to bfloat16, to even
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  bool number = (bits & 0x7fffffff) <= 0x7f800000;
+  return uint16_t((number ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000) >> 16);
+}
+// What comes out for a query: its weighted sums over the sum of its weights, zeros where there are none.
+inline void give(const Attention& a, int64_t query, const float* sums, float total) {
+  float* to = (float*)a.out + query * a.H;
+  uint16_t* half = (uint16_t*)a.out + query * a.H;
+  if (a.half) {
+    for (int64_t i = 0; i < a.H; i++) half[i] = rounded(total == 0 ? 0 : sums[i] / total);
+  } else {
+    for (int64_t i = 0; i < a.H; i++) to[i] = total == 0 ? 0 : sums[i] / total;
+  }
+}
+
 // Slots whose scores are made together: the pieces of them that lie side by side, and the scales of codes.
 struct Piece {
   int64_t start, n, place;
@@ -171,7 +202,7 @@ struct Attend {
   }
 
   static size_t scratch(const Attention& a) {
-    return size_t(a.queries() * (2 * P::width(a.H) + SLOTS + 3)) * sizeof(float);
+    return size_t(a.queries() * (2 * P::width(a.H) + SLOTS + 3) + a.H) * sizeof(float);
   }
 
   // What the scores [SLOTS] of one query and a block from `first` on are: scaled, capped, and NOTHING where unseen.
@@ -195,13 +226,14 @@ struct Attend {
 
   static void span(const Attention& a, const Span& span, const Foresight&, float* sums, void* scratch) {
     int64_t b = span.b, h = span.h, begin = span.begin, end = span.end;
-    int64_t R = a.queries(), H = P::width(a.H), G = a.N / a.K;
+    int64_t R = a.queries(), H = P::width(a.H);
     float *out = (float*)scratch, *weights = out + R * H, *best = weights + R * SLOTS, *total = best + R;
     float* factor = total + R;
     Query* q = (Query*)(factor + R);
+    float* room = (float*)(q + R * H);
     const Elem *keys = (const Elem*)a.k, *values = (const Elem*)a.v;
     for (int64_t r = 0; r < R; r++) {
-      factor[r] = P::ready(a.q + ((b * a.T + r % a.T) * a.N + h * G + r / a.T) * a.H, a.H, q + r * H);
+      factor[r] = P::ready(floats(a, query(a, b, h, r), room), a.H, q + r * H);
       for (int64_t i = 0; i < H; i++) out[r * H + i] = 0;
       best[r] = NOTHING, total[r] = 0;
     }
@@ -270,25 +302,22 @@ struct Attend {
     for (int64_t i = 0; i < H; i += WIDTH) put(out + i, get(out + i) * by);
   }
 
-  static void merge(const Attention& a, int64_t b, int64_t h, int64_t spans, const float* sums) {
-    int64_t R = a.queries(), G = a.N / a.K, size = a.H + 2;
+  static void merge(const Attention& a, int64_t b, int64_t h, int64_t spans, float* sums) {
+    int64_t R = a.queries(), size = a.H + 2;
     for (int64_t r = 0; r < R; r++) {
-      float* to = a.out + ((b * a.T + r % a.T) * a.N + h * G + r / a.T) * a.H;
-      float best = NOTHING, total = 0;
+      float best = NOTHING, total = 0, *to = sums + r * size + 2;
       for (int64_t s = 0; s < spans; s++) {
         float one = sums[(s * R + r) * size];
         best = one > best ? one : best;
       }
-      for (int64_t i = 0; i < a.H; i++) to[i] = 0;
       for (int64_t s = 0; s < spans; s++) {
         const float* from = sums + (s * R + r) * size;
-        if (from[1] == 0) continue;
         float fade[WIDTH];
-        put(fade, exp(T::all(from[0] == NOTHING ? 0 : from[0] - best)));
+        put(fade, from[1] == 0 ? T::zero() : exp(T::all(from[0] == NOTHING ? 0 : from[0] - best)));
         total += from[1] * fade[0];
-        for (int64_t i = 0; i < a.H; i++) to[i] += from[2 + i] * fade[0];
+        for (int64_t i = 0; i < a.H; i++) to[i] = (s ? to[i] : 0) + from[2 + i] * fade[0];
       }
-      for (int64_t i = 0; total != 0 && i < a.H; i++) to[i] /= total;
+      give(a, query(a, b, h, r), to, total);
     }
   }
 

@@ -12,11 +12,12 @@ namespace ffi = xla::ffi;
 
 namespace {
 
+constexpr int64_t RUNS = 2;  // of spans that follow one another, which a thread takes of what would be its share
 constexpr int64_t SMALL_BYTES = 128 * 1024;  // of keys and values, that are read before a second thread wakes up
 
 enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
 
-const Attender& choose(int32_t isa, Form form, bool half) {
+const Attender& choose(int32_t isa, Form form, bool half) {  // half: whether queries are numbers of bfloat16
 #if WITH_AMX
   if (isa == AMX && form == BF16 && half) return amx_attend_bf16;
   if (isa == AMX && form == INT8 && half) return amx_attend_int8;
@@ -56,11 +57,11 @@ Range seen(const Attention& a, int64_t b) {
   return {begin / SLOTS * SLOTS, high + 1 < a.S ? high + 1 : a.S, 0};
 }
 
-class Attending : public Job, private Foresight {
+class Attending : public Job {
  public:
   // `sums` of every span of every row and kv head, and for each of these how many spans are left.
-  Attending(const Attention& a, const Attender& kernel, std::vector<Range> ranges, int64_t spans)
-      : Job(spans * a.K), a_(a), kernel_(kernel), ranges_(std::move(ranges)), size_(a.queries() * (a.H + 2)),
+  Attending(const Attention& a, const Attender& kernel, std::vector<Range> ranges, int64_t spans, int64_t threads)
+      : Job(spans * a.K, RUNS * threads), a_(a), kernel_(kernel), ranges_(std::move(ranges)), size_(a.queries() * (a.H + 2)),
         sums_(new (std::nothrow) float[spans * a.K * size_ + 1]),
         left_(new (std::nothrow) std::atomic<int64_t>[a.B * a.K]) {
     for (int64_t i = 0; left_ && i < a.B * a.K; i++) left_[i] = ranges_[i / a.K].spans();
@@ -70,18 +71,24 @@ class Attending : public Job, private Foresight {
  private:
   size_t scratch() override { return kernel_.scratch(a_); }
 
-  void block(int64_t index, void* scratch) override {
-    Span span = at(index);
-    kernel_.span(a_, span, *this, sums_.get() + index * size_, scratch);
-    if (left_[span.b * a_.K + span.h].fetch_sub(1) > 1) return;
-    const Range& range = ranges_[span.b];  // the last to be done adds up all
-    kernel_.merge(a_, span.b, span.h, range.spans(), sums_.get() + first(range, span.h) * size_);
-  }
+  struct Sight : Foresight {
+    const Attending& job;
+    const int64_t index, end;
 
-  bool next(Span* span) const override {
-    int64_t index = upcoming();
-    if (index >= 0) *span = at(index);
-    return index >= 0;
+    Sight(const Attending& job, int64_t index, int64_t end) : job(job), index(index), end(end) {}
+    bool next(Span* span) const override {
+      int64_t next = job.upcoming(index, end);
+      if (next >= 0) *span = job.at(next);
+      return next >= 0;
+    }
+  };
+
+  void block(int64_t index, int64_t end, void* scratch) override {
+    Span span = at(index);
+    const Range& range = ranges_[span.b];
+    kernel_.span(a_, span, Sight(*this, index, end), sums_.get() + index * size_, scratch);
+    if (range.spans() > 1 && left_[span.b * a_.K + span.h].fetch_sub(1) > 1) return;  // the last to be done adds up all
+    kernel_.merge(a_, span.b, span.h, range.spans(), sums_.get() + first(range, span.h) * size_);
   }
 
   int64_t first(const Range& range, int64_t h) const { return range.first * a_.K + h * range.spans(); }
@@ -108,7 +115,7 @@ class Crowding : public Job {
 
  private:
   size_t scratch() override { return crowd_.scratch(a_); }
-  void block(int64_t index, void* scratch) override {  // the last ones, which see most, first
+  void block(int64_t index, int64_t, void* scratch) override {  // the last ones, which see most, first
     int64_t row = index % (a_.B * a_.K), block = crowd_.blocks(a_) - 1 - index / (a_.B * a_.K);
     crowd_.block(a_, row / a_.K, row % a_.K, block, scratch);
   }
@@ -117,29 +124,29 @@ class Crowding : public Job {
   const Crowd& crowd_;
 };
 
-ffi::Error attend(const Attention& a, Form form, bool half, ffi::ThreadPool& pool, int32_t isa, int32_t threads) {
+ffi::Error attend(const Attention& a, Form form, ffi::ThreadPool& pool, int32_t isa, int32_t threads) {
   if (isa > best_isa()) return ffi::Error::InvalidArgument("this machine has no such instruction set");
   if (!a.B || !a.T || !a.N || !a.H) return ffi::Error::Success();
 #if WITH_AMX
-  if ((isa < 0 ? best_isa() : isa) == AMX && form == BF16 && half && a.T > FEW) {
+  if ((isa < 0 ? best_isa() : isa) == AMX && form == BF16 && a.half && a.T > FEW) {
     if (!Job::share(pool, std::make_shared<Crowding>(a, amx_crowd), threads > 0 ? threads : pool.num_threads()))
       return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention found no memory for its scratch");
     return ffi::Error::Success();
   }
 #endif
   std::vector<Range> ranges(a.B);
-  int64_t spans = 0, slots = 0;
+  int64_t spans = 0, slots = 0, row = a.T * a.N * a.H * (a.half ? 2 : 4);  // bytes
   for (int64_t b = 0; b < a.B; b++) {
     ranges[b] = seen(a, b);
     ranges[b].first = spans;
     spans += ranges[b].spans();
     slots += ranges[b].end - ranges[b].begin;
-    if (ranges[b].spans() == 0) std::fill_n(a.out + b * a.T * a.N * a.H, a.T * a.N * a.H, 0.0f);
+    if (ranges[b].spans() == 0) std::memset((char*)a.out + b * row, 0, row);
   }
   if (spans == 0) return ffi::Error::Success();
   constexpr int64_t BYTES[] = {4, 2, 1};
   int64_t most = threads > 0 ? threads : slots * a.K * a.H * 2 * BYTES[form] < SMALL_BYTES ? 1 : pool.num_threads();
-  auto job = std::make_shared<Attending>(a, choose(isa < 0 ? best_isa() : isa, form, half), ranges, spans);
+  auto job = std::make_shared<Attending>(a, choose(isa < 0 ? best_isa() : isa, form, a.half), ranges, spans, most);
   if (!job->possible() || !Job::share(pool, job, most))
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention found no memory for its scratch");
   return ffi::Error::Success();
@@ -149,15 +156,18 @@ bool has(ffi::Span<const int64_t> dimensions, std::initializer_list<int64_t> siz
   return dimensions.size() == sizes.size() && std::equal(dimensions.begin(), dimensions.end(), sizes.begin());
 }
 
-ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                     ffi::Buffer<ffi::S32> position, ffi::RemainingArgs more, ffi::ResultBuffer<ffi::F32> out,
-                     float scale, float cap, int64_t window, int64_t sinks, bool slots, bool paged, bool half,
-                     int32_t isa, int32_t threads) {
+ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                     ffi::Buffer<ffi::S32> position, ffi::RemainingArgs more, ffi::Result<ffi::AnyBuffer> out,
+                     float scale, float cap, int64_t window, int64_t sinks, bool slots, bool paged, int32_t isa,
+                     int32_t threads) {
   auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions();
   ffi::DataType kind = k.element_type();
   Form form = kind == ffi::F32 ? F32 : kind == ffi::BF16 || kind == ffi::U16 ? BF16 : INT8;
   if ((form == INT8 && kind != ffi::S8) || v.element_type() != kind)
     return ffi::Error::InvalidArgument("attention reads caches of float32, bfloat16 or int8");
+  bool half = q.element_type() == ffi::BF16;
+  if ((!half && q.element_type() != ffi::F32) || out->element_type() != q.element_type())
+    return ffi::Error::InvalidArgument("queries are float32 or bfloat16, and so is what comes out");
   size_t extra = (form == INT8 ? 2 : 0) + (slots ? 1 : 0) + (paged ? 1 : 0), first = paged ? 2 : 1;
   if (qs.size() != 4 || ks.size() != first + 3 || !std::equal(ks.begin(), ks.end(), vs.begin(), vs.end()) ||
       more.size() != extra || !ks[first] || qs[2] % ks[first] || ks[first + 2] != qs[3] ||
@@ -165,9 +175,9 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
       !has(position.dimensions(), {qs[0], qs[1]}) || !has(out->dimensions(), {qs[0], qs[1], qs[2], qs[3]}))
     return ffi::Error::InvalidArgument(
         "attention takes q [B, T, N, H], position [B, T], and k and v [B, K, S, H] or, in pages, [D, P, K, Z, H]");
-  Attention a{q.typed_data(), k.untyped_data(), v.untyped_data(), nullptr, nullptr, position.typed_data(), nullptr,
-              nullptr, out->typed_data(), qs[0], qs[1], qs[2], ks[first], ks[first + 1], qs[3], 0, 0, 0, 0, scale, cap,
-              window, sinks};
+  Attention a{q.untyped_data(), k.untyped_data(), v.untyped_data(), nullptr, nullptr, position.typed_data(), nullptr,
+              nullptr, out->untyped_data(), qs[0], qs[1], qs[2], ks[first], ks[first + 1], qs[3], 0, 0, 0, 0, scale, cap,
+              window, sinks, half};
   size_t next = 0;
   if (form == INT8) {
     auto k_scale = more.get<ffi::Buffer<ffi::F32>>(next++), v_scale = more.get<ffi::Buffer<ffi::F32>>(next++);
@@ -191,7 +201,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
     a.table = table->typed_data(), a.D = ks[0], a.P = ks[1], a.Z = ks[3], a.M = table->dimensions()[1];
     a.S = a.M * a.Z;
   }
-  return attend(a, form, half, pool, isa, threads);
+  return attend(a, form, pool, isa, threads);
 }
 
 }  // namespace
@@ -203,18 +213,17 @@ EXPORTED XLA_FFI_Error* jaxinfer_attention(XLA_FFI_CallFrame*);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attention, attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("scale")
                                   .Attr<float>("cap")
                                   .Attr<int64_t>("window")
                                   .Attr<int64_t>("sinks")
                                   .Attr<bool>("slots")
                                   .Attr<bool>("paged")
-                                  .Attr<bool>("half")
                                   .Attr<int32_t>("isa")
                                   .Attr<int32_t>("threads"));

@@ -9,7 +9,7 @@
 #include <cstdint>
 
 struct Attention {
-  const float* q;           // [B, T, N, H]
+  const void* q;            // [B, T, N, H] float32, or bfloat16 where `half`
   const void* k;            // [B, K, S, H], or a pool [D, P, K, Z, H]
   const void* v;            // likewise
   const float* k_scale;     // [B, K, S] of int8, or [D, P, K, Z]; or null
@@ -17,11 +17,12 @@ struct Attention {
   const int32_t* position;  // [B, T]; past any slot for a query that sees nothing
   const int32_t* slot;      // [B, S], which slot of the text each is; null where that is its index
   const int32_t* table;     // [B, M], the page of each Z slots of a row, P or more for none; null where there is no pool
-  float* out;               // [B, T, N, H]
+  void* out;                // [B, T, N, H], as q
   int64_t B, T, N, K, S, H;
   int64_t D, P, Z, M;     // of a pool: the rows of a D-th have pages in that part of it
   float scale, cap;       // of the scores; cap 0: none
   int64_t window, sinks;  // window 0: none
+  bool half;
 
   int64_t queries() const { return N / K * T; }
 
@@ -53,7 +54,7 @@ struct Foresight {
 struct Attender {
   size_t (*scratch)(const Attention&);  // bytes
   void (*span)(const Attention&, const Span&, const Foresight&, float* sums, void* scratch);
-  void (*merge)(const Attention&, int64_t b, int64_t h, int64_t spans, const float* sums);  // of all its spans
+  void (*merge)(const Attention&, int64_t b, int64_t h, int64_t spans, float* sums);  // of all its spans
 };
 
 // Many queries of a row: a block of them, all of row b and kv head h, from their first slot to their last.

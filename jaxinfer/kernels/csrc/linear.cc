@@ -92,7 +92,7 @@ class Multiplication : public Job {
  private:
   size_t scratch() override { return kernel_.scratch(product_); }
   void prepare(void* scratch) override { kernel_.prepare(product_, scratch); }
-  void block(int64_t index, void* scratch) override {
+  void block(int64_t index, int64_t, void* scratch) override {
     int64_t begin = index * columns_, end = begin + columns_;
     kernel_.columns(product_, scratch, begin, end < product_.outer ? end : product_.outer);
   }
@@ -108,7 +108,7 @@ class Packing : public Job {
       : Job((product.rows + kernel.rows - 1) / kernel.rows), product_(product), kernel_(kernel), shared_(shared) {}
 
  private:
-  void block(int64_t index, void*) override { kernel_.pack(product_, shared_, index); }
+  void block(int64_t index, int64_t, void*) override { kernel_.pack(product_, shared_, index); }
 
   const Product product_;
   const Kernel& kernel_;

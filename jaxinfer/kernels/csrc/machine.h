@@ -101,7 +101,8 @@ class Rounding {
 // itself one of the pool's threads.
 class Job {
  public:
-  explicit Job(int64_t blocks) : blocks_(blocks) {}
+  // A thread takes one block at a time; or, where `parts` is given, a run of that part of those left, while they last.
+  explicit Job(int64_t blocks, int64_t parts = 0) : blocks_(blocks), parts_(parts > 0 ? parts : blocks + 1) {}
   virtual ~Job() = default;
 
   // Does the work of `job` on up to `most` threads; false where a thread found no memory for its scratch.
@@ -116,30 +117,40 @@ class Job {
  protected:
   virtual size_t scratch() { return 64; }  // bytes that a thread needs, 64-byte aligned
   virtual void prepare(void* scratch) {}
-  virtual void block(int64_t index, void* scratch) = 0;
-  // The block that the next thread to be free takes, or -1.
-  int64_t upcoming() const {
-    int64_t index = next_.load();
-    return index < blocks_ ? index : -1;
+  // Does a block, of a run that the same thread does to its `end`.
+  virtual void block(int64_t index, int64_t end, void* scratch) = 0;
+  // What a thread most likely takes when it is done with that block, or -1.
+  int64_t upcoming(int64_t index, int64_t end) const {
+    int64_t next = index + 1 < end ? index + 1 : next_.load();
+    return next < blocks_ ? next : -1;
   }
 
  private:
+  bool take(int64_t* begin, int64_t* end) {
+    *begin = next_.load();
+    do {
+      int64_t left = blocks_ - *begin;
+      if (left <= 0) return false;
+      *end = *begin + (left > parts_ ? left / parts_ : 1);
+    } while (!next_.compare_exchange_weak(*begin, *end));
+    return true;
+  }
+
   void work() {
-    int64_t mine = next_.fetch_add(1);
-    if (mine >= blocks_) return;
+    int64_t begin, end;
+    if (!take(&begin, &end)) return;
     Rounding rounding;
     void* held = std::aligned_alloc(64, (scratch() + 63) / 64 * 64);
     if (held) prepare(held);
-    for (; mine < blocks_; mine = next_.fetch_add(1)) {
-      if (held)
-        block(mine, held);
-      else
-        failed_ = true;
-      if (done_.fetch_add(1) + 1 == blocks_) {
+    do {
+      for (int64_t i = begin; held && i < end; i++) block(i, end, held);
+      if (!held) failed_ = true;
+      int64_t num = end - begin;
+      if (done_.fetch_add(num) + num == blocks_) {
         std::lock_guard<std::mutex> lock(mutex_);
         finished_.notify_one();
       }
-    }
+    } while (take(&begin, &end));
     std::free(held);
   }
 
@@ -154,7 +165,7 @@ class Job {
     finished_.wait(lock, [this] { return done_.load() == blocks_; });
   }
 
-  const int64_t blocks_;
+  const int64_t blocks_, parts_;
   std::atomic<int64_t> next_{0}, done_{0};
   std::atomic<bool> failed_{false};
   std::mutex mutex_;
