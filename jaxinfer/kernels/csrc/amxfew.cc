@@ -18,6 +18,7 @@ using V = __m512;
 
 constexpr int64_t QUAD = 4;     // queries of a vector, and
 constexpr int64_t LANES = 4;    // slots
+constexpr int64_t READY = 4;    // ticks, see Ahead, while a query is made ready
 constexpr int64_t TILE = SIDE * LINE;  // bytes
 
 // Numbers below the normal ones count as zero, in and out, as they do in tiles: weights far below the largest are many
@@ -207,8 +208,8 @@ struct Ahead {
   int64_t left = 0;  // lines that lie side by side
   int64_t lines = 0, ticks = 1, owed = 0;
 
-  // What a span says, by so many ticks. The last eighth is left to what the processor foresees itself: to ask for it
-  // when it is about to be read costs more.
+  // What a span says, by so many ticks: so many eighths of it. Where it goes on from what is read now the last eighth is
+  // left to what the processor foresees itself: to ask for it when it is about to be read costs more.
   void start(const Span& span, int64_t many, int64_t eighths) {
     rest = span, left = owed = 0, ticks = many * 8;
     lines = span.begin < span.end ? parts((span.end - span.begin) * a.H * size, LINE) * eighths : 0;
@@ -298,6 +299,7 @@ struct Few {
         int64_t r = least(j * QUAD + i, R - 1);  // those too many are the last once more
         Elem* digits = (Elem*)k;
         float factor = Form::ready(floats(a, query(a, b, h, r), room), a.H, wide, digits);
+        ahead.tick(READY);
         int32_t position = a.position[b * a.T + r % a.T];
         own.low = position < own.low ? position : own.low;
         own.high = position > own.high ? position : own.high;
@@ -413,17 +415,23 @@ struct Few {
     return Form::weights(s, peak, weights);
   }
 
-  void look(int64_t begin) {
-    for (int64_t first = begin / STEP * STEP; first < end; first += STEP) {
+  // Asks for the block after that from `first` on: of this span, or the first of the next. What is worked out with it
+  // are a block's ticks, and so many more.
+  void foresee(int64_t first, int64_t more) {
+    Span next = {b, h, first + STEP, end};
+    bool other = next.begin >= end;
+    if (other && foresight->next(&next)) next.begin = next.begin / STEP * STEP;
+    next.end = least(next.end, next.begin + STEP);
+    ahead.start(next, quads * (8 + 2 * STEP / LANES + wide / 16) + STEP / WORD + more, other ? 8 : 7);
+  }
+
+  void look(int64_t opening) {
+    for (int64_t first = opening; first < end; first += STEP) {
       int64_t n = least(STEP, end - first), line;
       const char *keys = lines(a.k, first, n, k, &line), *values = lines(a.v, first, n, v, &line);
       const float *ks = scales(a.k_scale, first, n, k_scale), *vs = scales(a.v_scale, first, n, v_scale);
       stored(k);
-      Span next = {b, h, first + STEP, end};
-      bool other = next.begin >= end;
-      if (other && foresight->next(&next)) next.begin = next.begin / STEP * STEP;
-      next.end = least(next.end, next.begin + STEP);
-      ahead.start(next, quads * (8 + 2 * STEP / LANES + wide / 16) + STEP / WORD, other ? 8 : 7);
+      if (first != opening) foresee(first, 0);
       for (int64_t j = 0; j < quads; j++) {
         float* to = out + j * QUAD * wide;
         score(q + j * wide / WORD * ROW, keys, line);
@@ -467,8 +475,10 @@ struct Few {
     Flushing flushing;
     Few few(a, span, &foresight);
     few.lay((char*)scratch);
+    int64_t opening = span.begin / STEP * STEP;
+    few.foresee(opening, few.quads * QUAD * READY);
     few.ready();
-    few.look(span.begin);
+    few.look(opening);
     few.give(sums);
   }
 
