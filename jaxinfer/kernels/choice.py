@@ -27,9 +27,8 @@ class KernelChoice:
     kernel's all are the plain form.
 
     linear: products with weights; "gpu", of a lone row in bfloat16 or float16 with weights in the same, together with
-    the norm before and what is added after. attention: "cpu", of up to
-    `attention.FEW` queries a row to a cache in float32, bfloat16 or int8 (of more the plain form makes products, unless
-    the processor has tiles for bfloat16);
+    the norm before and what is added after. attention: "cpu", of up to `attention.FEW` queries a row to a cache in
+    float32, bfloat16 or int8 (of more the plain form makes products, unless the processor has tiles for bfloat16);
     "gpu", of any number to one of these or float16, in pages too.
     """
 
@@ -55,11 +54,11 @@ class KernelChoice:
     def readable(self, x: Array, codes: Array, dynamic: bool) -> Array:
         """x [M, I] as `product` takes it beside codes: float32, or bfloat16 as it is where AMX multiplies it with them.
 
-        It does where there are more rows than LONE: fewer are sooner multiplied as float32.
+        It does where there are more rows than LONE: fewer are sooner multiplied otherwise.
         """
-        lone = products.LONE.get(codes.dtype.name)
-        exact = x.dtype == jnp.bfloat16 and not dynamic and lone is not None and len(x) > lone
-        return x if exact and self.tiled("linear") else x.astype(jnp.float32)
+        lone = products.LONE.get((codes.dtype.name, dynamic))
+        many = x.dtype == jnp.bfloat16 and lone is not None and len(x) > lone
+        return x if many and self.tiled("linear") else x.astype(jnp.float32)
 
     def gates(self, x: Array, *weights: Array) -> Callable[..., Array] | None:
         """The kernel that makes activation(x gate) * (x up), called as (twin, activation, x [M, I], gate, up [O, I]).

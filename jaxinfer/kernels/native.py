@@ -14,7 +14,7 @@ import numpy as np
 from jaxinfer.kernels import build
 
 # The number changes with what a handler is given: a program from a persistent cache never calls another version's.
-LINEAR, CODED, GATED = "jaxinfer_linear_v1", "jaxinfer_coded_v4", "jaxinfer_gated_v1"
+LINEAR, CODED, GATED = "jaxinfer_linear_v1", "jaxinfer_coded_v5", "jaxinfer_gated_v1"
 ATTENTION = "jaxinfer_attention_v4"
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3, "amx": 4}
 BEST = -1

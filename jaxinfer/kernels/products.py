@@ -6,7 +6,8 @@ rows and threads: a row has the same bits alone and among any others. They may d
 float32 is multiplied and summed as IEEE says, denormal numbers included. bfloat16 is widened to float32, which is
 exact, and then treated alike, except where the machine has AVX-512 BF16, whose vdpbf16ps works at twice the rate, or
 the tiles of AMX, at ten times that: these count denormal inputs and sums as zero, as XLA's own product does there.
-Codes meet more than LONE rows of bfloat16 in these tiles, which sum in another order than what fewer rows go through.
+Codes meet more than LONE rows of bfloat16 in these tiles, which sum in another order than what fewer rows go through,
+and take what those are rounded to as numbers of bfloat16, as the plain form does.
 Codes of eight bits meet rows of float32 in other tiles of AMX, as what those are to 30 bits, counted from the largest
 number of a row, and are summed exactly: nearer to the truth than sums of float32.
 """
@@ -24,9 +25,9 @@ from jaxinfer.kernels.native import BEST, CODED, GATED, ISAS, LINEAR, demand
 
 BLOCK = 32  # numbers of x that share a scale where x is rounded
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}  # which a kernel works out after two products
-# Rows of bfloat16 that are multiplied with codes (of eight bits, or two of four) sooner as float32: making numbers of
-# bfloat16 of codes takes its time.
-LONE = {"int8": 16, "uint8": 12}
+# Rows of bfloat16 that are multiplied with codes (of eight bits, or two of four) sooner as float32, or, rounded
+# themselves, as codes: making numbers of bfloat16 of codes takes its time.
+LONE = {("int8", False): 16, ("uint8", False): 12, ("int8", True): 10, ("uint8", True): 32}
 UNIT = 32  # codes of four bits lie together, the first half of them in the low bits of 16 bytes
 
 
@@ -44,7 +45,8 @@ def linear(
     float32. It may be bfloat16: AMX makes numbers of bfloat16 of the codes, as exactly (two of one of four bits and its
     scale). [O] float32: w is int8.
     [O, I / g] float16, g a multiple of UNIT: w is [O, I / 2] uint8, two codes of four bits each, 0 to 15 for -8 to 7.
-    dynamic: x is rounded to int8 first, BLOCK neighbours to a scale (`quantization.rounded`), and codes meet codes.
+    dynamic: x is rounded to int8 first, BLOCK neighbours to a scale (`quantization.rounded`), and codes meet codes; or,
+    of bfloat16 on AMX, what those say, in bfloat16, meets numbers of it.
     isa: one of ISAS, for tests; by default the best that the machine has. threads: by default as many as XLA has, or
     one where the product is small. RuntimeError if there is no kernel. Not differentiable: see `product`.
     """

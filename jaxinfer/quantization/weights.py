@@ -90,9 +90,9 @@ class Weight(mesh.Parts):
     def multiply(self, x: jax.Array) -> jax.Array:
         """x [M, I] times this matrix [O, I] transposed: [M, O] float32."""
         twin, choice = self.rounding if self.dynamic else self.plain, kernels.choice()
-        exact = choice.readable(x, self.arrays[0], self.dynamic)
-        kernel = choice.product(exact, *self.arrays)
-        return kernel(twin, self.dynamic, exact, *self.arrays) if kernel else twin(x, *self.arrays)
+        read = choice.readable(x, self.arrays[0], self.dynamic)
+        kernel = choice.product(read, *self.arrays)
+        return kernel(twin, self.dynamic, read, *self.arrays) if kernel else twin(x, *self.arrays)
 
     @classmethod
     def rounding(cls, x: jax.Array, *arrays: jax.Array) -> jax.Array:

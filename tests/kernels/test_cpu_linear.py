@@ -180,6 +180,15 @@ def test_rounded_rows_are_multiplied_as_what_their_codes_stand_for(shape, form, 
     assert (np.abs(coded(x, leaf, isa, dynamic=True) - truth) <= 1e-6 * size).all()
 
 
+def nearest(x):
+    """`quantization.rounded` of float32, by NumPy: XLA multiplies with 1 / 127, and of bfloat16 many lie half way."""
+    x = np.asarray(x, np.float32)
+    blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(len(x), -1, 32)
+    scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+    said = np.round(blocks * (1 / scale)) * scale
+    return jnp.asarray(said.reshape(len(x), -1)[:, : x.shape[1]])
+
+
 BESIDE_BFLOAT16 = [
     *(("int8", shape) for shape in [*CODED_SHAPES, (40, 100, 70), (150, 4133, 77)]),
     *(("int4:96", shape) for shape in [*CODED_SHAPES, (40, 192, 70), (150, 4128, 77)]),
@@ -201,16 +210,33 @@ def test_codes_meet_bfloat16_exactly_and_a_row_has_the_same_bits_in_any_company(
         np.testing.assert_array_equal(coded(x[-rows:], leaf, isa, 2), whole[-rows:])
 
 
+@EVERY_ISA
+@pytest.mark.parametrize(("form", "shape"), BESIDE_BFLOAT16, ids=str)
+def test_rows_of_bfloat16_are_rounded_as_those_of_float32(form, shape, isa):
+    x, w = arrays(shape, jnp.bfloat16)
+    x = (x * jnp.logspace(-3, 3, shape[1])).astype(jnp.bfloat16)  # blocks of very different sizes
+    leaf = in_codes(w.astype(jnp.float32), form)
+    whole = np.asarray(coded(x, leaf, isa, dynamic=True))
+    said = nearest(x)
+    if isa == "amx":  # whose tiles take them as numbers of bfloat16
+        said = said.astype(jnp.bfloat16)
+    truth, size = exact(said, leaf.decode())
+    assert (np.abs(whole - truth) <= 1e-6 * size).all()
+    for rows in {1, min(shape[0], 20), min(shape[0], 40)}:
+        np.testing.assert_array_equal(coded(x[-rows:], leaf, isa, 2, dynamic=True), whole[-rows:])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(("form", "codes"), [("int8", "int8"), ("int4:32", "uint8")])
 @pytest.mark.parametrize("more", [0, 1])
-def test_bfloat16_beside_codes_is_widened_but_where_tiles_are_faster(more, form, codes):
-    x, w = arrays((products.LONE[codes] + more, 64, 32), jnp.bfloat16)
-    leaf = in_codes(w.astype(jnp.float32), form)
-    widened = not more or native.best() != "amx"
-    assert kernels.choice().readable(x, leaf.codes, False).dtype == (jnp.float32 if widened else jnp.bfloat16)
-    assert kernels.choice().readable(x, leaf.codes, True).dtype == jnp.float32
+def test_bfloat16_beside_codes_is_widened_but_where_tiles_are_faster(more, form, codes, dynamic):
+    x, w = arrays((products.LONE[codes, dynamic] + more, 64, 32), jnp.bfloat16)
+    leaf = in_codes(w.astype(jnp.float32), form).replace(dynamic=dynamic)
+    tiled = more and native.best() == "amx"
+    assert kernels.choice().readable(x, leaf.codes, dynamic).dtype == (jnp.bfloat16 if tiled else jnp.float32)
     assert native.CODED in jax.jit(leaf.multiply).lower(x).as_text(), "by the kernel in either case"
-    truth, size = exact(x, leaf.decode())
+    said = nearest(x) if dynamic else x
+    truth, size = exact(said.astype(jnp.bfloat16) if tiled else said, leaf.decode())
     assert (np.abs(leaf.multiply(x) - truth) <= 1e-6 * size).all()
 
 
@@ -226,8 +252,10 @@ def test_int8_may_have_any_number_of_inputs(inner, dynamic, isa):
 
 @FORMS
 @EVERY_ISA
-def test_what_is_odd_in_a_row_that_is_rounded_stays_in_it(form, isa):
-    x, w = arrays((6, 192, 7), jnp.float32)
+@pytest.mark.parametrize("dtype", BOTH)
+def test_what_is_odd_in_a_row_that_is_rounded_stays_in_it(dtype, form, isa):
+    x, w = arrays((6, 192, 7), dtype)
+    w = w.astype(jnp.float32)
     leaf = in_codes(w, form)
     x = x.at[1, 40].set(jnp.nan).at[3, 100].set(jnp.inf).at[4].set(0).at[5].set(1e-41)
     got = np.asarray(coded(x, leaf, isa, dynamic=True))

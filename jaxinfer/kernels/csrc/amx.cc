@@ -39,19 +39,36 @@ struct Cut {
 
 size_t shared(const Product& p) { return size_t(Cut(p).size()); }
 
+// A step of bfloat16, which is as many numbers as share a scale, as what their codes say: see `rounded` of linear.cc.
+inline __m512i rounded(__m512i step) {
+  __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(step)), 16));
+  __m512 high = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(step, 1)), 16));
+  float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+  bool odd = _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q);
+  float scale = odd ? __builtin_nanf("") : most / 127;
+  if (!(scale >= LEAST) && !odd) return _mm512_setzero_si512();
+  __m512 by = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(1 / scale);
+  auto said = [&](__m512 x) { return _mm512_mul_ps(_mm512_roundscale_ps(_mm512_mul_ps(x, inverse), 8), by); };
+  return (__m512i)_mm512_cvtne2ps_pbh(said(high), said(low));
+}
+
+template <bool ROUNDED>
 void pack(const Product& p, void* shared, int64_t tile) {
   Cut cut(p);
   int64_t rows = least(cut.wide, p.rows - tile * cut.wide);
   const uint16_t* from = (const uint16_t*)p.x + tile * cut.wide * p.inner;
+  auto one = [&](int64_t r, int64_t s) {
+    __m512i x = part(from + r * p.inner + s * STEP, p.inner - s * STEP);
+    return ROUNDED ? rounded(x) : x;
+  };
   for (int64_t s = 0; s < cut.steps; s++) {
     char* to = (char*)shared + cut.place(tile, s);
-    int64_t n = p.inner - s * STEP;
     if (cut.wide == 1) {
-      _mm512_storeu_si512(to, part(from + s * STEP, n));
+      _mm512_storeu_si512(to, one(0, s));
       continue;
     }
     __m512i v[16];
-    for (int r = 0; r < 16; r++) v[r] = r < rows ? part(from + r * p.inner + s * STEP, n) : _mm512_setzero_si512();
+    for (int r = 0; r < 16; r++) v[r] = r < rows ? one(r, s) : _mm512_setzero_si512();
     transpose(v);
     for (int r = 0; r < 16; r++) _mm512_mask_storeu_epi32(to + r * cut.line(), first(cut.wide), v[r]);
   }
@@ -336,9 +353,9 @@ void columns(const Product& p, void* scratch, int64_t begin, int64_t end) {
   }
 }
 
-template <class Form>
+template <class Form, bool ROUNDED = false>
 constexpr Kernel kernel(int64_t strip) {
-  return {scratch<Form>, prepare, columns<Form>, shared, pack, strip, SIDE};
+  return {scratch<Form>, prepare, columns<Form>, shared, pack<ROUNDED>, strip, SIDE};
 }
 
 }  // namespace
@@ -347,4 +364,6 @@ const Kernel amx_bf16 = kernel<Numbers>(STRIP);
 const Kernel amx_gated = kernel<Numbers>(SIDE);
 const Kernel amx_int8 = kernel<Bytes8>(STRIP);
 const Kernel amx_int4 = kernel<Nibbles>(STRIP);
+const Kernel amx_rounded8 = kernel<Bytes8, true>(STRIP);
+const Kernel amx_rounded4 = kernel<Nibbles, true>(STRIP);
 #endif

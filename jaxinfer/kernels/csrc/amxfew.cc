@@ -208,8 +208,8 @@ struct Ahead {
   int64_t left = 0;  // lines that lie side by side
   int64_t lines = 0, ticks = 1, owed = 0;
 
-  // What a span says, by so many ticks: so many eighths of it. Where it goes on from what is read now the last eighth is
-  // left to what the processor foresees itself: to ask for it when it is about to be read costs more.
+  // What a span says, by so many ticks: so many eighths of it. Where it goes on from what is read now, the last eighth
+  // is left to what the processor foresees itself: to ask for it when it is about to be read costs more.
   void start(const Span& span, int64_t many, int64_t eighths) {
     rest = span, left = owed = 0, ticks = many * 8;
     lines = span.begin < span.end ? parts((span.end - span.begin) * a.H * size, LINE) * eighths : 0;

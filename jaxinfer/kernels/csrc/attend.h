@@ -40,24 +40,15 @@ inline int64_t query(const Attention& a, int64_t b, int64_t h, int64_t r) {
 inline const float* floats(const Attention& a, int64_t query, float* room) {
   if (!a.half) return (const float*)a.q + query * a.H;
   const uint16_t* from = (const uint16_t*)a.q + query * a.H;
-  for (int64_t i = 0; i < a.H; i++) {
-    uint32_t bits = uint32_t(from[i]) << 16;
-    __builtin_memcpy(room + i, &bits, sizeof bits);
-  }
+  for (int64_t i = 0; i < a.H; i++) room[i] = widen(from[i]);
   return room;
-}
-inline uint16_t rounded(float x) {  // to bfloat16, to even
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  bool number = (bits & 0x7fffffff) <= 0x7f800000;
-  return uint16_t((number ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000) >> 16);
 }
 // What comes out for a query: its weighted sums over the sum of its weights, zeros where there are none.
 inline void give(const Attention& a, int64_t query, const float* sums, float total) {
   float* to = (float*)a.out + query * a.H;
   uint16_t* half = (uint16_t*)a.out + query * a.H;
   if (a.half) {
-    for (int64_t i = 0; i < a.H; i++) half[i] = rounded(total == 0 ? 0 : sums[i] / total);
+    for (int64_t i = 0; i < a.H; i++) half[i] = narrow(total == 0 ? 0 : sums[i] / total);
   } else {
     for (int64_t i = 0; i < a.H; i++) to[i] = total == 0 ? 0 : sums[i] / total;
   }

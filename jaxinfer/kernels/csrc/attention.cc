@@ -12,7 +12,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t RUNS = 2;  // of spans that follow one another, which a thread takes of what would be its share
+constexpr int64_t RUNS = 2;  // a thread takes spans that lie side by side: one part in so many of an even share of those left
 constexpr int64_t SMALL_BYTES = 128 * 1024;  // of keys and values, that are read before a second thread wakes up
 
 enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
@@ -61,8 +61,8 @@ class Attending : public Job {
  public:
   // `sums` of every span of every row and kv head, and for each of these how many spans are left.
   Attending(const Attention& a, const Attender& kernel, std::vector<Range> ranges, int64_t spans, int64_t threads)
-      : Job(spans * a.K, RUNS * threads), a_(a), kernel_(kernel), ranges_(std::move(ranges)), size_(a.queries() * (a.H + 2)),
-        sums_(new (std::nothrow) float[spans * a.K * size_ + 1]),
+      : Job(spans * a.K, RUNS * threads), a_(a), kernel_(kernel), ranges_(std::move(ranges)),
+        size_(a.queries() * (a.H + 2)), sums_(new (std::nothrow) float[spans * a.K * size_ + 1]),
         left_(new (std::nothrow) std::atomic<int64_t>[a.B * a.K]) {
     for (int64_t i = 0; left_ && i < a.B * a.K; i++) left_[i] = ranges_[i / a.K].spans();
   }

@@ -3,8 +3,8 @@
 #include <memory>
 #include <new>
 
-#include "linear.h"
 #include "machine.h"
+#include "tile.h"
 
 namespace ffi = xla::ffi;
 
@@ -15,9 +15,12 @@ constexpr int64_t SMALL_WORK = 1 << 20;      // multiplications, that are done b
 constexpr int64_t FEW_ROWS = 32;             // the time goes into reading w,
 constexpr int64_t BLOCK_BYTES = 1 << 20;     // of which a thread takes so much at a time
 
-// What w is kept in; and x in codes too, or in bfloat16 beside codes; and two of bfloat16.
-enum Form : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, ROUNDED8 = 4, ROUNDED4 = 5, HALF8 = 6, HALF4 = 7, GATED = 8 };
-constexpr int64_t BITS[] = {32, 16, 8, 4, 8, 4, 8, 4, 32};
+// What w is kept in; and x rounded to codes too; or in bfloat16 beside codes, rounded or not; and two of bfloat16.
+enum Form : int32_t {
+  F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, ROUNDED8 = 4, ROUNDED4 = 5,
+  HALF8 = 6, HALF4 = 7, ROUNDED_HALF8 = 8, ROUNDED_HALF4 = 9, GATED = 10
+};
+constexpr int64_t BITS[] = {32, 16, 8, 4, 8, 4, 8, 4, 8, 4, 32};
 
 const Kernel& choose(int32_t isa, Form form) {
 #if WITH_AMX
@@ -25,6 +28,8 @@ const Kernel& choose(int32_t isa, Form form) {
   if (isa == AMX && form == INT8) return amx_bytes;
   if (form == HALF8) return amx_int8;
   if (form == HALF4) return amx_int4;
+  if (form == ROUNDED_HALF8) return amx_rounded8;
+  if (form == ROUNDED_HALF4) return amx_rounded4;
   if (form == GATED) return amx_gated;
 #endif
 #if WITH_AVX512
@@ -62,20 +67,6 @@ void rounded(const float* x, float* out, int64_t rows, int64_t inner) {
       for (int64_t i = 0; i < n; i++)
         to[i] = inverse != 0 ? __builtin_nearbyintf(from[i] * inverse) * scale : odd || scale > 1 ? scale : 0;
     }
-}
-
-float widen(uint16_t half) {
-  uint32_t bits = uint32_t(half) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint16_t narrow(float value) {  // to the nearest, of two the even one
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  if (value != value) return uint16_t(bits >> 16 | 64);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 float activated(float x, Activation activation) {
@@ -173,22 +164,25 @@ ffi::Error coded(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::
     return ffi::Error::InvalidArgument(
         "codes take x [M, I], w [O, I] and scale [O]; or w [O, I / 2] and scale [O, I / g], g a multiple of 32");
   bool half = x.element_type() == ffi::BF16;
-  if (x.element_type() != ffi::F32 && !(half && !dynamic))
-    return ffi::Error::InvalidArgument("codes are multiplied with float32, or as they are with bfloat16");
+  if (x.element_type() != ffi::F32 && !half)
+    return ffi::Error::InvalidArgument("codes are multiplied with float32 or bfloat16");
   Product p{x.untyped_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0], scale.untyped_data(), group, ss.size() == 2 ? ss[1] : 0};
-  if (half && (isa < 0 ? best_isa() : isa) == AMX) return multiply(pool, p, int8 ? HALF8 : HALF4, isa, threads);
-  if (!dynamic && !half) return multiply(pool, p, int8 ? INT8 : INT4, isa, threads);
-  if (dynamic && (isa < 0 ? best_isa() : isa) >= AVX2)
-    return multiply(pool, p, int8 ? ROUNDED8 : ROUNDED4, isa, threads);
-  std::unique_ptr<float[]> floats(new (std::nothrow) float[p.rows * p.inner]);
-  if (!floats) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "linear found no memory for rows of float32");
-  if (half) {
-    for (int64_t i = 0; i < p.rows * p.inner; i++) floats[i] = widen(((const uint16_t*)p.x)[i]);
-  } else {
-    rounded((const float*)p.x, floats.get(), p.rows, p.inner);
+  int32_t own = isa < 0 ? best_isa() : isa;
+  if (half && own == AMX) {
+    Form form = dynamic ? int8 ? ROUNDED_HALF8 : ROUNDED_HALF4 : int8 ? HALF8 : HALF4;
+    return multiply(pool, p, form, isa, threads);
   }
-  p.x = floats.get();
-  return multiply(pool, p, int8 ? INT8 : INT4, isa, threads);
+  bool codes = dynamic && own >= AVX2;  // meet codes
+  std::unique_ptr<float[]> floats;
+  if (half || (dynamic && !codes)) {
+    floats.reset(new (std::nothrow) float[p.rows * p.inner]);
+    if (!floats) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "linear found no memory for rows of float32");
+    const uint16_t* halves = (const uint16_t*)p.x;
+    for (int64_t i = 0; half && i < p.rows * p.inner; i++) floats[i] = widen(halves[i]);
+    if (dynamic && !codes) rounded(half ? floats.get() : (const float*)p.x, floats.get(), p.rows, p.inner);
+    p.x = floats.get();
+  }
+  return multiply(pool, p, codes ? int8 ? ROUNDED8 : ROUNDED4 : int8 ? INT8 : INT4, isa, threads);
 }
 
 ffi::Error gated(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::BF16> gate, ffi::Buffer<ffi::BF16> up,

@@ -48,5 +48,5 @@ extern const Kernel avx2_f32, avx2_bf16, avx2_int8, avx2_int4, avx2_rounded8, av
 extern const Kernel avx512_f32, avx512_bf16, avx512_int8, avx512_int4;
 extern const Kernel avx512bf16_bf16;
 extern const Kernel avx512vnni_int8, avx512vnni_int4;
-extern const Kernel amx_bf16, amx_gated, amx_int8, amx_int4, amx_bytes;
+extern const Kernel amx_bf16, amx_gated, amx_int8, amx_int4, amx_rounded8, amx_rounded4, amx_bytes;
 #endif

@@ -289,5 +289,11 @@ inline float widen(uint16_t half) {
   } u = {uint32_t(half) << 16};
   return u.value;
 }
+inline uint16_t narrow(float value) {  // to the nearest, of two the even one
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  bool number = (bits & 0x7fffffff) <= 0x7f800000;
+  return uint16_t((number ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000) >> 16);
+}
 
 }  // namespace
