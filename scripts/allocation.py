@@ -15,9 +15,9 @@ HUGE = "glibc.malloc.hugetlb=1"
 # XLA allocates what a step of training needs at every step. glibc gives such large blocks back to the kernel at once,
 # which then clears them again page by page: 2508 tokens/s; kept, and in huge pages, 4332 (2 cores, Zen 5).
 KEPT = f"{HUGE}:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
-# Threads have heaps of their own, which do not ask, and XLA's put there what is smaller than 32 MB. One heap for all does,
-# and its blocks lie side by side. It is for programs alone: they compile 1.4 times as long, for threads wait for one
-# another (2 cores, Xeon with AMX).
+# Threads have heaps of their own, which do not ask, and XLA's put there what is smaller than 32 MB. One heap for all
+# does, and its blocks lie side by side. It is for programs alone: they compile 1.4 times as long, for threads wait for
+# one another (2 cores, Xeon with AMX).
 ALONE = f"{KEPT}:glibc.malloc.arena_max=1"
 
 
