@@ -177,6 +177,26 @@ def test_a_number_that_is_none_reaches_those_who_see_it(isa):
     np.testing.assert_array_equal(got[1], clean[1])
 
 
+@EVERY_ISA
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "all bfloat16", "all int8"])
+def test_values_that_are_no_numbers_reach_none_who_sees_nothing_near_them(form, isa):
+    shape = (2, 2, 4, 2, 2100, 16)
+    q, _, source = arrays(shape, form.removeprefix("all "))
+    q, rule = q.astype("bfloat16" if form.startswith("all") else "float32"), rule_of(spec_of(shape, window=100))
+    position = jnp.array([[50, 2000], [2000, 50]], jnp.int32)
+    clean = np.asarray(attend(q, position, source.kept, rule, isa).astype(jnp.float32))
+    for slot, blind in ((7, [(0, 1), (1, 0)]), (1950, [(0, 0), (1, 1)])):  # in one span, and they look at another
+        kept, nan = source.kept, lambda x, slot=slot: x.at[:, :, slot].set(jnp.nan)
+        if kept.scales is None:
+            kept = kept._replace(v=nan(kept.v))
+        else:
+            kept = kept._replace(scales=(kept.scales[0], nan(kept.scales[1])))
+        got = np.asarray(attend(q, position, kept, rule, isa).astype(jnp.float32))
+        for at in np.ndindex(2, 2):
+            assert np.isnan(got[at]).all() or at in blind
+            np.testing.assert_array_equal(got[at], clean[at] if at in blind else got[at])
+
+
 def test_scores_of_any_size_are_weighed_as_the_softmax_weighs_them():
     shape = (1, 1, 2, 1, 500, 8)
     q, _, source = arrays(shape)

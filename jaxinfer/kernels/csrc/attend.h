@@ -301,10 +301,12 @@ struct Attend {
         float one = sums[(s * R + r) * size];
         best = one > best ? one : best;
       }
+      for (int64_t i = 0; to[-1] == 0 && i < a.H; i++) to[i] = 0;  // of values that it does not see, and may be none
       for (int64_t s = 0; s < spans; s++) {
         const float* from = sums + (s * R + r) * size;
+        if (from[1] == 0) continue;
         float fade[WIDTH];
-        put(fade, from[1] == 0 ? T::zero() : exp(T::all(from[0] == NOTHING ? 0 : from[0] - best)));
+        put(fade, exp(T::all(from[0] == NOTHING ? 0 : from[0] - best)));
         total += from[1] * fade[0];
         for (int64_t i = 0; i < a.H; i++) to[i] = (s ? to[i] : 0) + from[2 + i] * fade[0];
       }
