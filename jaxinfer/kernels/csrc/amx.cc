@@ -41,12 +41,9 @@ size_t shared(const Product& p) { return size_t(Cut(p).size()); }
 
 // A step of bfloat16, which is as many numbers as share a scale, as what their codes say: see `rounded` of linear.cc.
 inline __m512i rounded(__m512i step) {
-  __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(step)), 16));
-  __m512 high = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(step, 1)), 16));
-  float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-  bool odd = _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q);
-  float scale = odd ? __builtin_nanf("") : most / 127;
-  if (!(scale >= LEAST) && !odd) return _mm512_setzero_si512();
+  __m512 low = widened(_mm512_castsi512_si256(step)), high = widened(_mm512_extracti64x4_epi64(step, 1));
+  float scale = scale_of(low, high);
+  if (scale == 0) return _mm512_setzero_si512();
   __m512 by = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(1 / scale);
   auto said = [&](__m512 x) { return _mm512_mul_ps(_mm512_roundscale_ps(_mm512_mul_ps(x, inverse), 8), by); };
   return (__m512i)_mm512_cvtne2ps_pbh(said(high), said(low));
@@ -110,7 +107,7 @@ struct Nibbles {
     __m512 scale = _mm512_cvtph_ps(_mm256_set1_epi16(((const int16_t*)p.scale)[o * p.groups + group]));
     __m512 all = _mm512_mul_ps(_mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7), scale);
     __m256i most = (__m256i)_mm512_cvtneps_pbh(all);
-    __m512 kept = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(most), 16));
+    __m512 kept = widened(most);
     __m256i rest = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(all, kept));
     __m512i table = _mm512_inserti64x4(_mm512_castsi256_si512(most), rest, 1);
     __m128i bytes = _mm_loadu_si128((const __m128i*)(row + s * (STEP / 2)));

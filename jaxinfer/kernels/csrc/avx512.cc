@@ -41,7 +41,6 @@ struct Unit : Lanes {
 
 struct Half : Sixteen {
   using Elem = uint16_t;
-  static X widened(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
   static X load(const uint16_t* p) { return widened(_mm256_loadu_si256((const __m256i*)p)); }
   static X load_part(const uint16_t* p, int n) {
     return widened(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));

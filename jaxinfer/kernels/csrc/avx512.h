@@ -7,6 +7,17 @@
 
 namespace {
 
+inline __m512 widened(__m256i halves) {  // numbers of bfloat16
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// Of the codes that BLOCK numbers are rounded to, as `rounded` of linear.cc says; 0 where it is none.
+inline float scale_of(__m512 low, __m512 high) {
+  if (_mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q)) return __builtin_nanf("");
+  float scale = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high))) / 127;
+  return scale >= LEAST ? scale : 0;
+}
+
 struct Lanes {
   using V = __m512;
   static constexpr int ROWS = 6;

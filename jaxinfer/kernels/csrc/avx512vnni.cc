@@ -12,14 +12,12 @@ struct Base : Lanes {
   static constexpr int ROWS = 4;
   // BLOCK numbers, low and high, as codes; their scale. See `rounded` of linear.cc.
   static float round(__m512 low, __m512 high, __m256i* codes) {
-    float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-    bool odd = _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q);
-    float scale = odd ? __builtin_nanf("") : most / 127;
+    float scale = scale_of(low, high);
     __m512 inverse = _mm512_set1_ps(scale >= LEAST ? 1 / scale : 0);
     __m128i a = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(low, inverse)));
     __m128i b = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(high, inverse)));
     *codes = _mm256_set_m128i(b, a);
-    return scale >= LEAST || odd ? scale : 0;
+    return scale;
   }
   static __m512i both(const float* p, int n, float scale[2]) {
     __m256i codes[2];
